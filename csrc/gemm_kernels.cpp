@@ -1,0 +1,1 @@
+namespace vcore::VCORE_ISA {}

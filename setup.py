@@ -1,0 +1,68 @@
+"""Drives CMakeLists.txt, which owns the compiled part. All metadata is in pyproject.toml.
+
+VCORE_BUILD_CPP=auto (default) builds where a compiler is found and warns where not, 1 fails hard, 0 skips.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MODE = os.environ.get("VCORE_BUILD_CPP", "auto")
+if MODE not in ("auto", "0", "1"):
+    raise SystemExit(f"VCORE_BUILD_CPP must be auto, 0 or 1, got {MODE!r}")
+
+
+class CMakeBuild(build_ext):
+    """Builds ``vcore_kernels/_C.so``, a plain shared library for torch.ops.load_library."""
+
+    def run(self):
+        try:
+            self.build_with_cmake()
+        except (OSError, ImportError, subprocess.CalledProcessError) as error:
+            if MODE == "1":
+                raise SystemExit(
+                    f"VCORE_BUILD_CPP=1, but the C++ kernels did not build: {error}"
+                ) from error
+            warnings.warn(
+                f"the C++ kernels were not built ({error}); vcore_kernels falls back to the reference "
+                "backend on a CPU. Set VCORE_BUILD_CPP=1 to make this an error.",
+                stacklevel=1,
+            )
+
+    def build_with_cmake(self):
+        import torch  # noqa: F401  (a build without isolation: the headers of the torch that will run it)
+
+        cmake = shutil.which("cmake")
+        if cmake is None:
+            raise OSError("cmake is not installed")
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
+        configure = [
+            cmake,
+            "-S",
+            ROOT,
+            "-B",
+            build,
+            *generator,
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", build, "--parallel"], check=True)
+        subprocess.run([cmake, "--install", build, "--prefix", prefix], check=True)
+
+    def get_outputs(self):
+        return [str(Path(self.build_lib) / "vcore_kernels" / "_C.so")]
+
+
+setup(
+    ext_modules=[] if MODE == "0" else [Extension("vcore_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

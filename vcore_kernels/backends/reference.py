@@ -1,0 +1,107 @@
+"""Eager PyTorch for every operator: any dtype, any device, differentiable in both modes.
+
+It stores the logits. Everything else in this library is tested against it in float64.
+"""
+
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses, utilities and weights: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_logits(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    softcap: float | None,
+    scale: float,
+) -> Tensor:  # [N, V]
+    acc = statistics_dtype(hidden.dtype)
+    logits = (
+        F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc)) * scale
+    )
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def nll_of_logits(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Cross-entropy that keeps its relative accuracy when the target's probability is near 1.
+
+    With a = logsumexp over the *other* classes minus the target's logit, nll = softplus(a): the
+    textbook ``logsumexp - logit`` cancels to rounding noise there.
+    """
+    valid = target != ignore_index
+    index = target.where(valid, 0).unsqueeze(-1)  # [N, 1]
+    at_target = logits.gather(-1, index).squeeze(-1)
+    others = logits.scatter(-1, index, -torch.inf)
+    if logits.shape[-1] == 1:
+        return at_target * 0
+    gap = others.logsumexp(-1) - at_target
+    return torch.logaddexp(gap, torch.zeros_like(gap)).where(valid, 0)
+
+
+def linear_nll(hidden, weight, target, bias, softcap, scale, ignore_index) -> Tensor:
+    logits = head_logits(hidden, weight, bias, softcap, scale)
+    return nll_of_logits(logits, target, ignore_index)
+
+
+def linear_nll_jvp(
+    hidden,
+    weight,
+    target,
+    hidden_tangent,
+    weight_tangent,
+    bias,
+    bias_tangent,
+    softcap,
+    scale,
+    ignore_index,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own forward-mode derivative of :func:`linear_nll`."""
+    acc = statistics_dtype(hidden.dtype)
+
+    def dual(primal, tangent):
+        if primal is None or tangent is None:
+            return primal
+        return fwAD.make_dual(primal.to(acc), tangent.to(acc))
+
+    with fwAD.dual_level():
+        nll, tangent = fwAD.unpack_dual(
+            linear_nll(
+                dual(hidden, hidden_tangent),
+                dual(weight, weight_tangent),
+                target,
+                dual(bias, bias_tangent),
+                softcap,
+                scale,
+                ignore_index,
+            )
+        )
+    return nll, torch.zeros_like(nll) if tangent is None else tangent
+
+
+def linear_nll_pair(
+    hidden,
+    hidden_perturbed,
+    weight,
+    target,
+    weight_perturbed,
+    bias,
+    bias_perturbed,
+    softcap,
+    scale,
+    ignore_index,
+) -> tuple[Tensor, Tensor]:
+    """Base loss, and base minus perturbed loss by plain subtraction (run it in float64 as an oracle)."""
+    acc = statistics_dtype(hidden.dtype)
+    args = (target, bias if bias is None else bias.to(acc), softcap, scale, ignore_index)
+    nll = linear_nll(hidden.to(acc), weight.to(acc), *args)
+    weight_perturbed = weight if weight_perturbed is None else weight_perturbed
+    if bias_perturbed is not None:
+        args = (target, bias_perturbed.to(acc), *args[2:])
+    perturbed = linear_nll(hidden_perturbed.to(acc), weight_perturbed.to(acc), *args)
+    return nll, nll - perturbed
