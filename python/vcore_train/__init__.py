@@ -1,0 +1,33 @@
+"""Training layer of vcore_kernels: probes, descent directions, trainers, data and the ``vcore`` command.
+
+Names are resolved on first use, so that importing the package needs neither transformers nor any other
+part of the ``train`` extra.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vcore_train.config import VcoreConfig
+    from vcore_train.directions import descent_direction
+    from vcore_train.trainer import VcoreTrainer
+    from vcore_train.utilities import token_utilities
+
+__all__ = ["VcoreConfig", "VcoreTrainer", "descent_direction", "token_utilities"]
+
+_HOME = {
+    "VcoreConfig": "config",
+    "VcoreTrainer": "trainer",
+    "descent_direction": "directions",
+    "token_utilities": "utilities",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
