@@ -1,7 +1,7 @@
-"""Training layer of vcore_kernels: probes, descent directions, trainers, data and the ``vcore`` command.
+"""Training layer of vcore_kernels: probes, directions, trainers, data and the ``vcore`` command.
 
-Names are resolved on first use, so that importing the package needs neither transformers nor any other
-part of the ``train`` extra.
+Names are resolved on first use, so that importing the package needs neither transformers nor
+any other part of the ``train`` extra.
 """
 
 import importlib

@@ -1,0 +1,297 @@
+"""Supervised trajectories: from a file or a dataset's name to ``input_ids`` and ``labels``.
+
+A row is a prompt and a response. Their fields are named by the caller or recognised from the first
+row: GSM8K's ``question``/``answer``, ``prompt`` with ``response`` or ``completion``,
+``instruction``/``output``, ``problem``/``solution``, or a conversation in ``messages`` whose last
+turn, the assistant's, is the response. Every complaint about a row names the file and the row.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+PROMPT_FIELDS = ("prompt", "question", "instruction", "problem", "query", "input")
+RESPONSE_FIELDS = ("response", "completion", "solution", "output", "answer", "target")
+CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
+TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+
+Conversation = list[dict[str, str]]  # turns with a role and a content
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt (text, or the turns of a conversation), its response, and where they stood."""
+
+    prompt: str | Conversation
+    response: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token rows ready for the trainer, and how many examples were left out or cut short."""
+
+    rows: list[dict[str, list[int]]]
+    skipped: int = 0
+    truncated: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def supervised_tokens(self) -> int:
+        return sum(label != IGNORED for row in self.rows for label in row["labels"])
+
+
+def read_examples(
+    data: str | Path,
+    *,
+    split: str = "train",
+    prompt_field: str | None = None,
+    response_field: str | None = None,
+    limit: int | None = None,
+    empty: str = "error",
+) -> tuple[list[Example], int]:
+    """Reads the rows of ``data``; returns the examples and how many rows were skipped as empty.
+
+    ``data``: a ``.jsonl`` file (one JSON object a line), a ``.json``, ``.csv``, ``.parquet`` or
+    ``.arrow`` file, a dataset folder, or the name of a dataset on the Hugging Face hub, with an
+    optional configuration after a colon (``openai/gsm8k:main``). ``split`` applies to datasets.
+    ``limit``: only the first rows. ``empty``: ``"error"`` or ``"skip"`` for an empty response.
+
+    Raises ValueError or FileNotFoundError with the file, the row and the mend.
+    """
+    if empty not in ("error", "skip"):
+        raise ValueError(f"read_examples: empty must be 'error' or 'skip', got {empty!r}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"read_examples: limit must be at least 1, got {limit}.")
+    examples: list[Example] = []
+    skipped = 0
+    fields: _Fields | None = None
+    for where, row in _rows(str(data), split):
+        if limit is not None and len(examples) + skipped == limit:
+            break
+        if fields is None:
+            fields = _Fields.find(row, prompt_field, response_field, where)
+        prompt, response = fields.take(row, where)
+        if response.strip():
+            examples.append(Example(prompt, response, where))
+        elif empty == "skip":
+            skipped += 1
+        else:
+            raise ValueError(
+                f"{where}: the response (field {fields.response!r}) is empty. Remove the row, or "
+                "skip such rows with --empty-rows skip."
+            )
+    if not examples:
+        raise ValueError(f"{data}: no rows to train on ({skipped} skipped as empty).")
+    return examples, skipped
+
+
+def prompt_tokens(prompt: str | Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt as the model sees it, up to where the response begins.
+
+    With the tokenizer's chat template and its generation prompt where there is one, otherwise the
+    plain text and a line break, after the tokenizer's own beginning-of-sequence token.
+    """
+    if tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    ids = tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
+    first = tokenizer("")["input_ids"][:1]
+    return [*first, *ids] if first and first[0] == tokenizer.bos_token_id else ids
+
+
+def encode(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    too_long: str = "error",
+) -> Encoded:
+    """Token rows: prompt, response, end-of-sequence; ``labels`` are -100 on the prompt.
+
+    ``max_length``: tokens a row may have, at most the model's window. ``too_long`` says what
+    becomes of a longer one: ``"error"`` names it, ``"truncate"`` cuts the end of its response (and
+    skips it if its prompt alone is too long), ``"skip"`` leaves it out; both are counted.
+    """
+    if too_long not in ("error", "truncate", "skip"):
+        raise ValueError(
+            f"encode: too_long must be 'error', 'truncate' or 'skip', got {too_long!r}."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("encode: the tokenizer has no end-of-sequence token to end a response.")
+    rows = []
+    skipped = truncated = 0
+    for example in examples:
+        prompt = prompt_tokens(example.prompt, tokenizer)
+        response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *response, tokenizer.eos_token_id]
+        if len(ids) > max_length:
+            if too_long == "error":
+                raise ValueError(
+                    f"{example.where}: the trajectory has {len(ids)} tokens, {max_length} fit. "
+                    "Raise --max-length (up to the model's window), or pass --long-rows "
+                    "truncate or --long-rows skip."
+                )
+            if too_long == "skip" or len(prompt) >= max_length:
+                skipped += 1
+                continue
+            truncated += 1
+            ids = ids[:max_length]
+        rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+    if not rows:
+        raise ValueError(f"encode: none of the rows fits into {max_length} tokens.")
+    return Encoded(rows, skipped, truncated)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Which fields hold the prompt and the response; one name for both means a conversation."""
+
+    prompt: str
+    response: str
+    detected: bool
+
+    @classmethod
+    def find(
+        cls, row: Mapping[str, Any], prompt: str | None, response: str | None, where: str
+    ) -> "_Fields":
+        if prompt is None and response is None:
+            for name in CONVERSATION_FIELDS:
+                if name in row:
+                    return cls(name, name, True)
+        found_prompt = prompt or next((name for name in PROMPT_FIELDS if name in row), None)
+        found_response = response or next((name for name in RESPONSE_FIELDS if name in row), None)
+        for side, found in (("prompt", found_prompt), ("response", found_response)):
+            if found is None:
+                raise ValueError(
+                    f"{where}: no field looks like the {side}; the row has {_listed(row)}. Name it "
+                    f"with --{side}-field."
+                )
+        assert found_prompt is not None
+        assert found_response is not None
+        return cls(found_prompt, found_response, prompt is None)
+
+    def take(self, row: Mapping[str, Any], where: str) -> tuple[str | Conversation, str]:
+        for side, name in (("prompt", self.prompt), ("response", self.response)):
+            if row.get(name) is None:
+                raise ValueError(
+                    f"{where}: the {side} field {name!r} is missing; the row has {_listed(row)}."
+                )
+        if self.prompt == self.response:
+            turns = _turns(row[self.prompt], where)
+            if turns[-1]["role"] != "assistant" or len(turns) < 2:
+                raise ValueError(
+                    f"{where}: a conversation must end with an assistant turn after another turn, "
+                    f"the roles are {', '.join(turn['role'] for turn in turns)}."
+                )
+            return turns[:-1], turns[-1]["content"]
+        prompt: str | Conversation
+        prompt, response = row[self.prompt], row[self.response]
+        if isinstance(prompt, list):
+            prompt = _turns(prompt, where)
+        if isinstance(response, list):
+            turns = _turns(response, where)
+            if len(turns) != 1:
+                raise ValueError(f"{where}: {self.response!r} holds {len(turns)} turns, not one.")
+            response = turns[0]["content"]
+        for name, value in ((self.prompt, prompt), (self.response, response)):
+            if not isinstance(value, str | list):
+                raise ValueError(
+                    f"{where}: field {name!r} is {type(value).__name__}, expected text."
+                )
+        if self.detected and self.prompt == "instruction" and row.get("input"):
+            prompt = f"{prompt}\n{row['input']}"
+        return prompt, response
+
+
+def _turns(value: Any, where: str) -> Conversation:
+    """Checks the turns of a conversation; reads the older ``from``/``value`` spelling too."""
+    roles = {"human": "user", "gpt": "assistant"}
+    turns = []
+    for turn in value if isinstance(value, list) else []:
+        if not isinstance(turn, dict):
+            break
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            break
+        turns.append({"role": roles.get(role, role), "content": content})
+    if not turns or len(turns) != len(value):
+        raise ValueError(
+            f"{where}: expected a list of turns, each with a text 'role' and a text 'content'."
+        )
+    return turns
+
+
+def _listed(row: Mapping[str, Any]) -> str:
+    return ", ".join(repr(name) for name in row) if row else "no fields"
+
+
+def _rows(data: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Pairs (where it stands, the row)."""
+    path = Path(data)
+    if path.is_file() and path.suffix not in TABLES:
+        yield from _json_lines(path)
+    elif path.exists() or not _looks_like_a_file(data):
+        for number, row in enumerate(_dataset(data, split), start=1):
+            yield f"{data}, row {number}", row
+    else:
+        raise FileNotFoundError(f"{data}: no such file.")
+
+
+def _looks_like_a_file(data: str) -> bool:
+    return Path(data).suffix in (".jsonl", ".txt", ".gz", *TABLES) or data.startswith(("/", "."))
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, row {number}"
+            try:
+                row = json.loads(line.rstrip().decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text ({error.reason}).") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: not valid JSON ({error.msg} at column {error.colno}). Expected one "
+                    "JSON object a line."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{where}: holds a JSON {type(row).__name__}, expected an object with fields."
+                )
+            yield where, row
+
+
+def _dataset(data: str, split: str) -> Iterable[Mapping[str, Any]]:
+    """A table, a saved dataset, or a dataset by name through ``datasets``."""
+    import datasets  # slow to import, and a JSONL file does not need it
+
+    path = Path(data)
+    if path.is_file():
+        return datasets.load_dataset(TABLES[path.suffix], data_files=data, split="train")
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        saved = datasets.load_from_disk(data)
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if split not in saved:
+            raise ValueError(f"{data}: no split {split!r}; it has {', '.join(saved)}.")
+        return saved[split]
+    name, _, configuration = data.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{data}: neither a file here nor a dataset that can be reached ({error})."
+        ) from error
