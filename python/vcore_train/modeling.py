@@ -1,0 +1,380 @@
+"""How a Hugging Face causal language model is put together: decoder, head, parameters, probing mode.
+
+The one module that knows it. Everything else sees hidden states [B, T, H], a :class:`Head` and named
+parameters. Models may be plain or PEFT-wrapped; unwrap DDP and torch.compile first (Accelerate's
+``unwrap_model`` does both).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vcore_kernels import linear_nll
+
+IGNORE_INDEX = -100
+# Keys of a batch that are for the loss or set here, never for the decoder.
+_NOT_FOR_DECODER = frozenset({"labels", "num_items_in_batch", "use_cache", "return_dict"})
+
+# Where architectures keep the factor on their logits: (config attribute, model types, factor from value).
+# One name does not mean one thing: Granite divides by logits_scaling, HyperCLOVA X multiplies by it,
+# MPT's logit_scale is not used at all. :func:`verify_head` catches what this table does not know.
+_LOGIT_SCALES = (
+    ("logit_scale", ("cohere",), lambda value: value),
+    ("logits_scaling", ("granite", "minicpm3"), lambda value: 1.0 / value),
+    ("logits_scaling", ("hyperclovax",), lambda value: value),
+    ("lm_head_multiplier", ("falcon_h1",), lambda value: value),
+    ("output_multiplier", ("muse",), lambda value: value),
+    ("logits_mup_width_multiplier", ("inkling",), lambda value: 1.0 / value),
+)
+_LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits are ``softcap(scale * (hidden @ weight.T + bias))``, with :func:`hidden_states` as input."""
+
+    weight: Tensor  # [V, H], or [V, H + r] where a LoRA adapter of rank r sits on the head
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """Everything but the weight, as keywords of the head operators in vcore_kernels."""
+        return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+
+
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside ``model``, which may be PEFT-wrapped.
+
+    Raises TypeError for anything else, and ValueError for encoder-decoder models and for PEFT methods that
+    change the inputs (prompt and prefix tuning) rather than layers.
+    """
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{model.active_peft_config.peft_type} adapters change the model's inputs, which a pass "
+                "through the decoder alone does not see. Use LoRA or another adapter that lives in layers."
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers PreTrainedModel or a PeftModel around one, got {type(model).__name__}. "
+            "Unwrap DDP first (accelerator.unwrap_model)."
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; expected a causal LM.")
+    return model
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The decoder: token ids to last hidden states, after the final norm and without the head."""
+    lm = causal_lm(model)
+    decoder = lm.get_decoder()
+    if decoder is lm or lm.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(lm).__name__} has no output head beside its decoder. Load it with AutoModelForCausalLM."
+        )
+    return decoder
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters with ``requires_grad`` by name, tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """What the head reads: the decoder's last hidden states [B, T, H]. The head itself is not run.
+
+    ``inputs`` is a batch as a data collator makes it. ``labels`` and ``num_items_in_batch`` are left out,
+    everything else (attention_mask, position_ids, ``cu_seq_lens_q`` and its kin) reaches the decoder. A
+    packed batch without position_ids gets them from ``cu_seq_lens_q``, so that every attention
+    implementation keeps its segments apart.
+
+    With a LoRA adapter on the head, r more columns ``scaling * A(dropout(h))`` follow; the columns of
+    ``head_of(model).weight`` match. So an adapter is exact here, also where rounding
+    ``W + scaling * B @ A`` to W's precision would lose it.
+    """
+    kwargs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_DECODER}
+    if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("position_ids") is None:
+        kwargs["position_ids"] = _packed_positions(kwargs["cu_seq_lens_q"], kwargs["input_ids"])
+    hidden = decoder_of(model)(**kwargs, use_cache=False, return_dict=True).last_hidden_state
+    columns = [hidden]
+    for layer, adapter in _head_adapters(model):
+        lora_a = layer.lora_A[adapter]
+        rows = layer.lora_dropout[adapter](hidden.to(lora_a.weight.dtype))
+        columns.append(lora_a(rows) * layer.scaling[adapter])
+    return torch.cat(columns, dim=-1) if len(columns) > 1 else hidden
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head: weight, bias, and how the architecture scales and soft-caps its logits.
+
+    A LoRA adapter on the head is part of it (see :func:`hidden_states`), and so are weights that PEFT keeps
+    in ``modules_to_save`` or ``trainable_token_indices``. Raises ValueError for a head that is not a plain
+    linear layer: quantised, or with an adapter other than LoRA.
+    """
+    lm = causal_lm(model)
+    module = lm.get_output_embeddings()
+    if module is None:
+        raise ValueError(
+            f"{type(lm).__name__} has no output head (get_output_embeddings() is None)."
+        )
+    adapters = list(_head_adapters(model))
+    base = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    weight, bias = base.weight, getattr(base, "bias", None)
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the head's weight is {weight.dtype} (quantised), and its losses need a floating-point matrix. "
+            "Keep lm_head out of the quantisation (llm_int8_skip_modules=['lm_head'])."
+        )
+    if adapters:
+        weight = torch.cat(
+            [weight, *(layer.lora_B[adapter].weight for layer, adapter in adapters)], dim=-1
+        )
+    for layer, adapter in adapters:
+        lora_bias = layer.lora_B[adapter].bias
+        if lora_bias is not None:
+            lora_bias = lora_bias * layer.scaling[adapter]
+            bias = lora_bias if bias is None else bias + lora_bias
+    config = lm.config.get_text_config()
+    return Head(weight, bias, _softcap(config), _scale(config))
+
+
+def token_nll(model: nn.Module, inputs: Mapping[str, Any], *, backend: str = "auto") -> Tensor:
+    """Negative log-likelihood of every label in nats, fp32, shaped and aligned like ``inputs["labels"]``.
+
+    0 where not supervised, at t = 0 and at the first token of each packed segment. The logits are never
+    stored. Differentiable in both modes.
+    """
+    head = head_of(model)
+    return linear_nll(
+        hidden_states(model, inputs),
+        head.weight,
+        supervised_labels(inputs),
+        shift=1,
+        ignore_index=IGNORE_INDEX,
+        backend=backend,
+        **head.options(),
+    )
+
+
+def supervised_labels(inputs: Mapping[str, Any]) -> Tensor:
+    """``inputs["labels"]`` [B, T] with -100 at every token that nothing precedes.
+
+    These are t = 0 of each row and, in a packed batch, the first token of each segment. The number of
+    supervised tokens is what is left. Raises ValueError where the batch has no labels.
+    """
+    if inputs.get("labels") is None:
+        raise ValueError(
+            f"the batch has no labels (keys: {', '.join(sorted(inputs))}). Add `labels`, int64, shaped like "
+            "input_ids, with -100 at tokens that are not supervised."
+        )
+    labels = inputs["labels"].clone()
+    labels[..., 0] = IGNORE_INDEX
+    boundaries, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
+    if boundaries is not None:
+        starts = boundaries[:-1].to(labels.device, torch.int64)
+        flat = labels.view(-1)
+        flat[starts[starts < flat.numel()]] = IGNORE_INDEX
+    elif positions is not None and inputs.get("attention_mask") is None and positions.dim() == 2:
+        labels[..., 1:].masked_fill_(positions[..., 1:] != positions[..., :-1] + 1, IGNORE_INDEX)
+    return labels
+
+
+@contextmanager
+def probing(
+    model: nn.Module, *, attention: str | None = "eager", checkpointing: bool = False
+) -> Iterator[None]:
+    """The model as a probe needs it; on leaving, by an exception too, everything is as before.
+
+    Inside: dropout off (every module in eval mode), ``attention`` as attention implementation whatever the
+    model was loaded with, experts eager (grouped GEMMs have no forward derivative), gradient checkpointing
+    off unless ``checkpointing``, and autocast does not cache casts: a cast made without a graph, or of a
+    perturbed weight, must not serve a later pass. Restored: each module's training flag, all
+    configurations, the random number generators' states. ``requires_grad`` is not touched.
+
+    Args:
+        attention: implementation to switch to. None leaves attention and experts as they are, which is
+            right wherever no forward-mode derivative is taken.
+        checkpointing: keep gradient checkpointing where it is on, with dropout off all the same.
+
+    Raises:
+        ValueError: the architecture cannot change its attention after loading.
+    """
+    lm = causal_lm(model)
+    devices = {p.device for p in lm.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(sorted(devices, key=str)))
+        stack.enter_context(_restored_configs(lm))
+        stack.enter_context(_eval_mode(model, checkpointing))
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
+        if attention is not None:
+            _switch_attention(lm, attention)
+            submodels = [m for m in lm.modules() if isinstance(m, PreTrainedModel)]
+            if any(m._can_set_experts_implementation() for m in submodels):
+                lm.set_experts_implementation("eager")
+        yield
+
+
+_verified: WeakSet[nn.Module] = WeakSet()
+
+
+def verify_head(model: nn.Module) -> None:
+    """Compares this module's picture of ``model`` with the model's own logits, once per model.
+
+    An architecture may scale its logits, or transform its hidden states, in a way that :func:`head_of`
+    does not know. Silently wrong losses would follow, so they are compared on four tokens.
+
+    Raises:
+        ValueError: they differ, with by how much.
+    """
+    if model in _verified:
+        return
+    lm, head = causal_lm(model), head_of(model)
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    input_ids = (torch.arange(4, device=head.weight.device) % vocabulary)[None]
+    with torch.no_grad(), probing(model):
+        expected = lm(input_ids=input_ids, use_cache=False).logits.float()
+        hidden = hidden_states(model, {"input_ids": input_ids})
+        logits = head.scale * nn.functional.linear(
+            hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float()
+        )
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    agree = expected.shape == logits.shape
+    error = (
+        float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if agree
+        else None
+    )
+    if error is None or not error < 0.05:
+        what = (
+            f"relative difference {error:.3g}" if agree else f"{logits.shape} and {expected.shape}"
+        )
+        raise ValueError(
+            f"{type(lm).__name__} does not form its logits as softcap(scale * (hidden @ weight.T + bias)) with "
+            f"scale={head.scale}, softcap={head.softcap} from its configuration ({what}). "
+            "This architecture is not supported; its rule belongs in vcore_train/modeling.py."
+        )
+    _verified.add(model)
+
+
+def _head_adapters(model: nn.Module) -> Iterator[tuple[LoraLinear, str]]:
+    """The active LoRA adapters on the head, as (layer, adapter name)."""
+    layer = causal_lm(model).get_output_embeddings()
+    if not isinstance(layer, BaseTunerLayer) or layer.disable_adapters or layer.merged:
+        return
+    if not isinstance(layer, LoraLinear) or layer.fan_in_fan_out:
+        raise ValueError(
+            f"the head carries an adapter of type {type(layer).__module__}.{type(layer).__name__}. On the head "
+            "only plain LoRA over a linear layer that is not quantised is supported: leave lm_head out of "
+            "target_modules, or train it whole with modules_to_save=['lm_head']."
+        )
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_variant:
+            raise ValueError(
+                f"adapter {adapter!r} on the head is a LoRA variant (DoRA, aLoRA, ...). On the head only plain "
+                "LoRA is supported: leave lm_head out of target_modules."
+            )
+        if adapter in layer.lora_A:
+            yield layer, adapter
+
+
+def _softcap(config: Any) -> float | None:
+    for name in _LOGIT_SOFTCAPS:
+        value = getattr(config, name, None)
+        if value:
+            return float(value)
+    return None
+
+
+def _scale(config: Any) -> float:
+    for name, model_types, factor in _LOGIT_SCALES:
+        value = getattr(config, name, None)
+        if value is not None and config.model_type.startswith(model_types):
+            return float(factor(value))
+    return 1.0
+
+
+def _packed_positions(boundaries: Tensor, input_ids: Tensor) -> Tensor:
+    """Positions [B, T] that restart at each boundary of the flattened batch."""
+    boundaries = boundaries.to(input_ids.device, torch.int64)
+    index = torch.arange(input_ids.numel(), device=input_ids.device)
+    segment = torch.searchsorted(boundaries, index, right=True) - 1
+    return (index - boundaries[segment]).view(input_ids.shape)
+
+
+@contextmanager
+def _restored_configs(lm: PreTrainedModel) -> Iterator[None]:
+    """Puts attention and experts implementations of every configuration in ``lm`` back."""
+    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+    configs: dict[int, Any] = {}
+    pending = [m.config for m in lm.modules() if isinstance(m, PreTrainedModel)]
+    while pending:
+        config = pending.pop()
+        if config is not None and id(config) not in configs:
+            configs[id(config)] = config
+            pending += [getattr(config, key, None) for key in config.sub_configs]
+    saved = [(c, {n: c.__dict__[n] for n in names if n in c.__dict__}) for c in configs.values()]
+    try:
+        yield
+    finally:
+        for config, values in saved:
+            config.__dict__.update(values)
+
+
+def _switch_attention(lm: PreTrainedModel, attention: str) -> None:
+    decoder = lm.get_decoder()
+    if lm.config._attn_implementation != attention:
+        if not lm._can_set_attn_implementation():
+            raise ValueError(
+                f"{type(lm).__name__} cannot change its attention after loading, and its "
+                f"{lm.config._attn_implementation!r} attention has no forward derivative. "
+                f"Load it with attn_implementation={attention!r}."
+            )
+        lm.set_attn_implementation(attention)
+    elif decoder.config._attn_implementation != attention:
+        lm.set_attn_implementation(attention)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+    """Every module in eval mode, each module's own flag restored.
+
+    A checkpointed layer checkpoints only while it is training itself: with ``checkpointing`` it stays so,
+    and its own dropout rates (its children's do not matter, they are in eval mode) are 0 meanwhile.
+    """
+    modules = list(model.modules())
+    flags = [m.training for m in modules]
+    rates: list[tuple[nn.Module, str, float]] = []
+    try:
+        for module in modules:
+            module.training = False
+            if (
+                checkpointing
+                and isinstance(module, GradientCheckpointingLayer)
+                and module.gradient_checkpointing
+            ):
+                module.training = True
+                for name, value in vars(module).items():
+                    if "dropout" in name and isinstance(value, float):
+                        rates.append((module, name, value))
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, flag in zip(modules, flags, strict=True):
+            module.training = flag
+        for module, name, value in rates:
+            setattr(module, name, value)
