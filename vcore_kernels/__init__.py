@@ -1,17 +1,33 @@
 """Fused kernels for token-weighted training of language models. See DESIGN in docs/."""
 
 from vcore_kernels.backends import BackendError, backends
+from vcore_kernels.dft_loss import dft_loss
+from vcore_kernels.gibbs_weights import GibbsWeights, gibbs_weights
+from vcore_kernels.iw_sft_loss import iw_sft_loss
 from vcore_kernels.linear_nll import linear_nll
 from vcore_kernels.linear_nll_jvp import linear_nll_jvp
 from vcore_kernels.linear_nll_pair import linear_nll_pair
+from vcore_kernels.random_supervision import random_supervision
+from vcore_kernels.sft_loss import sft_loss
+from vcore_kernels.variance_control import variance_control
+from vcore_kernels.vcore_loss import VcoreLoss, vcore_loss
 from vcore_kernels.weighted_linear_nll import weighted_linear_nll
 
 __all__ = [
     "BackendError",
+    "GibbsWeights",
+    "VcoreLoss",
     "backends",
+    "dft_loss",
+    "gibbs_weights",
+    "iw_sft_loss",
     "linear_nll",
     "linear_nll_jvp",
     "linear_nll_pair",
+    "random_supervision",
+    "sft_loss",
+    "variance_control",
+    "vcore_loss",
     "weighted_linear_nll",
 ]
 __version__ = "0.1.0"

@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from vcore_kernels import backends
 from vcore_kernels._head import HeadOptions, head_rows, to_labels
 from vcore_kernels.backends import reference
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import packed_batch, padded_batch, tiny_model, unpacked, with_lora
-
 from vcore_train.modeling import (
     head_of,
     hidden_states,
