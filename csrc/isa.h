@@ -1,5 +1,5 @@
-// Run-time choice of the instruction set. A source listed in ISA_SOURCES (CMakeLists.txt) is compiled
-// once per entry below with VCORE_ISA set to its name, and defines its functions in
+// Run-time choice of the instruction set. A source listed in ISA_SOURCES (CMakeLists.txt) is
+// compiled once per entry below with VCORE_ISA set to its name, and defines its functions in
 // namespace vcore::VCORE_ISA; callers pick one by isa().
 #pragma once
 

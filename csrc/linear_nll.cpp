@@ -1,2 +1,674 @@
+// The linear-head operators on a CPU: nll = -log softmax(transform(hidden weight^T + bias))[target]
+// per token, its gradients, its tangent and its finite difference, without ever storing the N x V
+// logits.
+//
+// Tokens are taken in chunks, the vocabulary in tiles of kTile rows of the weight; threads own
+// ranges of tiles. A chunk needs one sweep over the tiles for the softmax statistics (one matrix
+// product) and one for the gradients (one product each for d_hidden and d_weight). With the weights
+// known beforehand the first sweep keeps the exponentials exp(z - max) of the chunk, rounded like
+// the logit gradients that are made of them, so the second needs no further product: 2 products
+// with a frozen head, 3 with a trained one. Otherwise the second sweep forms the logits again.
+//
+// The target's logit is taken out of the tile before the exponentials are summed. With a =
+// logsumexp of the others minus the target's logit, nll = log(1 + exp(a)) and p_target - 1 =
+// expm1(-nll) keep their relative accuracy when the target's probability nears 1, where logsumexp -
+// logit would cancel.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
-TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) { (void)m; }
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "head_kernels.h"
+
+namespace vcore {
+
+bool set_bf16_engine(const std::string& engine);
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kTile = 256;
+// What a chunk may keep of its exponentials, and what its per-thread sums of d_hidden may take.
+constexpr int64_t kChunkBytes = int64_t{64} << 20;
+constexpr int64_t kMaxChunkRows = 512;
+
+template <typename T>
+constexpr at::ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, bf16>) return at::kBFloat16;
+  if constexpr (std::is_same_v<T, float>) return at::kFloat;
+  return at::kDouble;
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// fn(thread, begin, end) over contiguous ranges that depend on the number of threads alone.
+template <typename F>
+void for_each_thread(int64_t threads, int64_t items, const F& fn) {
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) fn(t, items * t / threads, items * (t + 1) / threads);
+  });
+}
+
+// A matrix [rows, K] read tile by tile as row-major T with K padded to a group: in place where its
+// dtype and K allow, otherwise through a converted copy of the tile.
+template <typename T>
+class TiledMatrix {
+ public:
+  TiledMatrix() = default;
+  explicit TiledMatrix(const Tensor& m)
+      : matrix_(m.detach().contiguous()),
+        padded_(round_up(m.size(1), kGroup<T>)),
+        direct_(m.scalar_type() == scalar_type<T>() && padded_ == m.size(1)) {}
+  // m - minus, the difference taken in the accumulator's dtype and rounded once.
+  TiledMatrix(const Tensor& m, const Tensor& minus) : TiledMatrix(m) {
+    minus_ = minus.detach().contiguous();
+    direct_ = false;
+  }
+
+  bool defined() const { return matrix_.defined(); }
+  int64_t stride() const { return padded_; }
+
+  // Rows [begin, begin + count). `scratch` belongs to the calling thread and is made on first use.
+  const T* rows(int64_t begin, int64_t count, Tensor& scratch) const {
+    if (direct_) return data<T>(matrix_) + begin * padded_;
+    if (!scratch.defined()) scratch = at::zeros({kTile, padded_}, scalar_type<T>());
+    Tensor tile = matrix_.narrow(0, begin, count);
+    if (minus_.defined()) {
+      constexpr auto wide = scalar_type<Acc<T>>();
+      tile = tile.to(wide) - minus_.narrow(0, begin, count).to(wide);
+    }
+    scratch.narrow(0, 0, count).narrow(1, 0, matrix_.size(1)).copy_(tile);
+    return data<T>(scratch);
+  }
+
+ private:
+  Tensor matrix_, minus_;
+  int64_t padded_ = 0;
+  bool direct_ = false;
+};
+
+struct Options {
+  double scale;
+  double softcap;
+  int64_t ignore_index;
+};
+
+// Columns of the tile at the perturbed or tangent point, next to those at the base point.
+enum class Second { none, jvp, pair };
+
+template <typename T>
+class Head {
+ public:
+  using A = Acc<T>;
+
+  Head(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+       Options options)
+      : hidden_(hidden.detach()),
+        target_(target.contiguous()),
+        options_(options),
+        transform_{A(options.scale), A(options.softcap)},
+        weight_(weight),
+        vocabulary_(weight.size(0)),
+        width_(weight.size(1)),
+        tiles_((vocabulary_ + kTile - 1) / kTile),
+        threads_(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tiles_))),
+        panel_(kernels_.panel),
+        padded_width_(round_up(width_, kGroup<T>)) {
+    if (bias) bias_ = bias->detach().to(accumulator_type()).contiguous();
+    const int64_t n = hidden.size(0);
+    nll_ = at::zeros({n}, accumulator_type());
+    lse_ = at::zeros({n}, at::kDouble);
+    at_target_ = at::zeros({n}, at::kDouble);
+  }
+
+  static constexpr at::ScalarType accumulator_type() { return scalar_type<A>(); }
+
+  // Tokens with a target; those that `first` marks come first and are never in one chunk with
+  // others.
+  std::vector<std::vector<int64_t>> chunks(int64_t max_rows, const OptionalTensor& first) const {
+    const int64_t* target = target_.const_data_ptr<int64_t>();
+    std::vector<int64_t> marked, rest;
+    Tensor marks = first ? first->ne(0) : Tensor();
+    for (int64_t n = 0; n < target_.numel(); ++n) {
+      if (target[n] == options_.ignore_index) continue;
+      TORCH_CHECK_INDEX(target[n] >= 0 && target[n] < vocabulary_, "linear_nll: target ", target[n],
+                        " at row ", n, " is outside the vocabulary of ", vocabulary_);
+      (first && !marks.const_data_ptr<bool>()[n] ? rest : marked).push_back(n);
+    }
+    std::vector<std::vector<int64_t>> out;
+    for (const auto& rows : {marked, rest}) {
+      const int64_t n = rows.size();
+      if (n == 0) continue;
+      const int64_t parts = (n + max_rows - 1) / max_rows;
+      const int64_t size = std::min(max_rows, round_up((n + parts - 1) / parts, panel_));
+      for (int64_t i = 0; i < n; i += size) {
+        out.emplace_back(rows.begin() + i, rows.begin() + std::min(n, i + size));
+      }
+    }
+    return out;
+  }
+
+  int64_t max_rows(bool keeps, bool grad_hidden) const {
+    int64_t rows = kMaxChunkRows;
+    if (keeps) rows = std::min<int64_t>(rows, kChunkBytes / (vocabulary_ * int64_t(sizeof(T))));
+    if (grad_hidden) {
+      rows = std::min<int64_t>(rows, kChunkBytes / (threads_ * width_ * int64_t(sizeof(A))));
+    }
+    return std::max(panel_, rows / panel_ * panel_);
+  }
+
+  struct Chunk {
+    std::vector<int64_t> rows;            // token of each column
+    int64_t padded;                       // columns, padded to a panel
+    Tensor index;                         // rows as int64
+    Tensor panels;                        // hidden^T packed; [second block behind it]
+    Tensor extra;                         // packed right operand of the weight's tangent, if any
+    Tensor kept;                          // exponentials [V, padded], if kept
+    Tensor max, sum, moment, max2, sum2;  // [tiles, padded]
+    std::vector<int64_t> tile_begin, tile_columns;  // columns whose target lies in each tile
+    std::vector<double> at_target, d_at_target;
+    int64_t count() const { return rows.size(); }
+  };
+
+  // Rows of x in T, padded with zeros to `padded` rows and the padded width.
+  Tensor gather(const Tensor& x, const Chunk& chunk) const {
+    Tensor out = at::zeros({chunk.padded, padded_width_}, scalar_type<T>());
+    out.narrow(0, 0, chunk.count()).narrow(1, 0, width_).copy_(x.index_select(0, chunk.index));
+    return out;
+  }
+
+  Chunk begin_chunk(std::vector<int64_t> rows, const Tensor& second = {}) const {
+    Chunk c;
+    c.rows = std::move(rows);
+    c.padded = round_up(c.count(), panel_);
+    c.index = at::tensor(c.rows, at::kLong);
+    const int64_t blocks = second.defined() ? 2 : 1;
+    c.panels = at::empty({blocks, c.padded * padded_width_}, scalar_type<T>());
+    pack_transposed(gather(hidden_, c), c, c.panels[0]);
+    if (second.defined()) pack_transposed(gather(second, c), c, c.panels[1]);
+    // Columns by the tile of their target.
+    const int64_t* target = target_.const_data_ptr<int64_t>();
+    c.tile_begin.assign(tiles_ + 1, 0);
+    for (int64_t n : c.rows) ++c.tile_begin[target[n] / kTile + 1];
+    for (int64_t t = 0; t < tiles_; ++t) c.tile_begin[t + 1] += c.tile_begin[t];
+    std::vector<int64_t> next(c.tile_begin.begin(), c.tile_begin.end() - 1);
+    c.tile_columns.resize(c.count());
+    for (int64_t j = 0; j < c.count(); ++j) c.tile_columns[next[target[c.rows[j]] / kTile]++] = j;
+    c.at_target.assign(c.count(), 0);
+    c.d_at_target.assign(c.count(), 0);
+    return c;
+  }
+
+  // Sweep 1: softmax statistics of every tile, one product (two with a second block, three with a
+  // weight tangent).
+  template <Second kSecond>
+  void sweep_statistics(Chunk& c, bool keep, const TiledMatrix<T>& second_weight = {},
+                        const Tensor& second_bias = {}) const {
+    const auto options = at::TensorOptions().dtype(accumulator_type());
+    for (Tensor* t : {&c.max, &c.sum}) *t = at::empty({tiles_, c.padded}, options);
+    if (kSecond != Second::none) c.moment = at::empty({tiles_, c.padded}, options);
+    if (kSecond == Second::pair) {
+      for (Tensor* t : {&c.max2, &c.sum2}) *t = at::empty({tiles_, c.padded}, options);
+    }
+    if (keep) c.kept = at::empty({vocabulary_, c.padded}, scalar_type<T>());
+    const int64_t blocks = kSecond == Second::none ? 1 : 2;
+    const int64_t ld = blocks * c.padded;
+    const Tensor logits = at::empty({threads_, kTile, ld}, options);
+    const int64_t* target = target_.const_data_ptr<int64_t>();
+
+    for_each_thread(threads_, tiles_, [&](int64_t thread, int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      Tensor scratch, second_scratch;
+      A* z = data<A>(logits) + thread * kTile * ld;
+      A* dz = kSecond == Second::none ? nullptr : z + c.padded;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t v = tile * kTile, count = std::min(kTile, vocabulary_ - v);
+        const T* w = weight_.rows(v, count, scratch);
+        kernels_.gemm(count, ld, padded_width_, w, weight_.stride(), data<T>(c.panels), z, ld,
+                      false);
+        if (second_weight.defined()) {
+          const T* dw = second_weight.rows(v, count, second_scratch);
+          const Tensor& right = c.extra.defined() ? c.extra : c.panels;
+          kernels_.gemm(count, c.padded, padded_width_, dw, second_weight.stride(), data<T>(right),
+                        dz, ld, true);
+        }
+        transform_tile<kSecond>(v, count, c.padded, ld, second_bias, z, dz);
+        for (int64_t i = c.tile_begin[tile]; i < c.tile_begin[tile + 1]; ++i) {
+          const int64_t j = c.tile_columns[i];
+          const int64_t at = (target[c.rows[j]] - v) * ld + j;
+          c.at_target[j] = z[at];
+          if (dz) c.d_at_target[j] = dz[at];
+          z[at] = -std::numeric_limits<A>::infinity();
+        }
+        const auto row = [&](const Tensor& t) {
+          return t.defined() ? data<A>(t) + tile * c.padded : nullptr;
+        };
+        const TileStats<A> out{row(c.max), row(c.sum), row(c.moment), row(c.max2), row(c.sum2)};
+        if (kSecond == Second::jvp) {
+          kernels_.stats_jvp(count, c.padded, ld, z, dz, out);
+        } else if (kSecond == Second::pair) {
+          kernels_.stats_pair(count, c.padded, ld, z, dz, out);
+        } else if (keep) {
+          kernels_.stats_keep(count, c.padded, ld, transform_.softcap, z, out,
+                              data<T>(c.kept) + v * c.padded);
+        } else {
+          kernels_.stats(count, c.padded, ld, z, out);
+        }
+      }
+    });
+  }
+
+  // Combines the tiles in their order. `second`, per token: the tangent, or base minus perturbed
+  // loss.
+  template <Second kSecond>
+  void combine(const Chunk& c, const Tensor& second) {
+    A* nll = data<A>(nll_);
+    double* lse = data<double>(lse_);
+    double* at_target = data<double>(at_target_);
+    const auto log_sum = [&](const Tensor& max, const Tensor& sum, int64_t j, double* weighted,
+                             const Tensor& moment) {
+      const A *m = data<A>(max) + j, *s = data<A>(sum) + j;
+      const A* d = moment.defined() ? data<A>(moment) + j : nullptr;
+      A top = -std::numeric_limits<A>::infinity();
+      for (int64_t t = 0; t < tiles_; ++t) top = std::max(top, m[t * c.padded]);
+      const A reference = std::isinf(top) && top < 0 ? A(0) : top;
+      double total = 0, first = 0;
+      for (int64_t t = 0; t < tiles_; ++t) {
+        const double share = std::exp(m[t * c.padded] - reference);
+        total += share * s[t * c.padded];
+        if (d) first += share == 0 ? 0 : share * d[t * c.padded];
+      }
+      if (weighted) *weighted = total == 0 ? 0 : first / total;
+      return double(reference) + std::log(total);
+    };
+    at::parallel_for(0, c.count(), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t n = c.rows[j];
+        double mean = 0;
+        const double others = log_sum(c.max, c.sum, j, &mean, c.moment);
+        const double z = c.at_target[j], loss = softplus(others - z);
+        nll[n] = A(loss);
+        lse[n] = z + loss;
+        at_target[n] = z;
+        if (kSecond == Second::none) continue;
+        const double one_minus_p = -std::expm1(-loss), dz = c.d_at_target[j];
+        double value;
+        if (kSecond == Second::jvp) {
+          value = one_minus_p == 0 ? 0 : one_minus_p * (mean - dz);
+        } else {
+          // a = others - z; the change of a is log(mean of exp(dz_v) over the others) - dz_target.
+          const double change = std::log1p(mean) - dz;
+          if (mean > -0.5 && std::abs(change) < 1) {
+            value = -std::log1p(one_minus_p * std::expm1(change));
+          } else {
+            value = loss - softplus(log_sum(c.max2, c.sum2, j, nullptr, {}) - (z + dz));
+          }
+        }
+        data<A>(second)[n] = A(value);
+      }
+    });
+  }
+
+  // Where sweep 2 puts its results. Undefined tensors are not wanted.
+  struct Gradients {
+    Tensor hidden;  // [N, H], any dtype
+    Tensor weight;  // [V, H], accumulator dtype
+    Tensor bias;    // [V], accumulator dtype
+  };
+
+  Gradients new_gradients(bool hidden, bool weight, bool bias) const {
+    Gradients g;
+    if (hidden) g.hidden = at::zeros_like(hidden_, at::MemoryFormat::Contiguous);
+    if (weight) g.weight = at::empty({vocabulary_, width_}, accumulator_type());
+    if (bias) g.bias = at::zeros({vocabulary_}, accumulator_type());
+    return g;
+  }
+
+  // Sweep 2: the logit gradients factor_n * d nll_n / d z and their products. `factor` [N] in
+  // double.
+  void sweep_gradients(const Chunk& c, const double* factor, Gradients& out,
+                       bool& weight_started) const {
+    const auto options = at::TensorOptions().dtype(accumulator_type());
+    const bool by_token = out.hidden.defined(), by_vocab = out.weight.defined();
+    const int64_t group_rows = round_up(c.count(), kGroup<T>);
+    const int64_t out_width = round_up(width_, panel_);
+    Tensor token_major, vocab_major, weight_panels, hidden_panels, partial;
+    if (by_token) {
+      token_major = at::empty({threads_, c.count(), kTile}, scalar_type<T>());
+      weight_panels = at::empty({threads_, kTile * out_width}, scalar_type<T>());
+      partial = at::empty({threads_, c.count(), out_width}, options);
+    }
+    if (by_vocab) {
+      vocab_major = at::empty({threads_, kTile, group_rows}, scalar_type<T>());
+      hidden_panels = at::empty({group_rows * out_width}, scalar_type<T>());
+      kernels_.pack(c.count(), width_, data<T>(gather(hidden_, c)), padded_width_,
+                    data<T>(hidden_panels));
+    }
+    const Tensor tile_gradients = at::empty({threads_, kTile, c.padded}, options);
+
+    std::vector<A> scaled(c.padded, A(0)), lse(c.padded, A(0));
+    std::vector<double> lse_exact(c.padded, 0), factor_exact(c.padded, 0);
+    std::vector<A> at_target(c.count());
+    const double* lse_of = data<double>(lse_);
+    const double* target_logit = data<double>(at_target_);
+    for (int64_t j = 0; j < c.count(); ++j) {
+      const int64_t n = c.rows[j];
+      factor_exact[j] = factor[n] * options_.scale;
+      scaled[j] = A(factor_exact[j]);
+      lse_exact[j] = lse_of[n];
+      lse[j] = A(lse_of[n]);
+      const double y = options_.softcap == 0 ? 0 : target_logit[n] / options_.softcap;
+      at_target[j] = A(factor_exact[j] * std::expm1(-double(data<A>(nll_)[n])) * (1 - y * y));
+    }
+    const int64_t* target = target_.const_data_ptr<int64_t>();
+
+    for_each_thread(threads_, tiles_, [&](int64_t thread, int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      Tensor scratch;
+      std::vector<A> tile_factor(c.padded, A(0));
+      A* g = data<A>(tile_gradients) + thread * kTile * c.padded;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t v = tile * kTile, count = std::min(kTile, vocabulary_ - v);
+        const bool needs_weight = by_token || !c.kept.defined();
+        const T* w = needs_weight ? weight_.rows(v, count, scratch) : nullptr;
+        if (c.kept.defined()) {
+          const A* max = data<A>(c.max) + tile * c.padded;
+          for (int64_t j = 0; j < c.count(); ++j) {
+            tile_factor[j] = A(factor_exact[j] * std::exp(max[j] - A(lse_exact[j])));
+          }
+          kernels_.grad_from_kept(count, c.padded, data<T>(c.kept) + v * c.padded,
+                                  tile_factor.data(), g, c.padded);
+        } else {
+          kernels_.gemm(count, c.padded, padded_width_, w, weight_.stride(), data<T>(c.panels), g,
+                        c.padded, false);
+          transform_tile<Second::none>(v, count, c.padded, c.padded, {}, g, nullptr);
+          kernels_.grad_from_logits(count, c.padded, c.padded, transform_.softcap, lse.data(),
+                                    scaled.data(), g);
+        }
+        for (int64_t i = c.tile_begin[tile]; i < c.tile_begin[tile + 1]; ++i) {
+          const int64_t j = c.tile_columns[i];
+          g[(target[c.rows[j]] - v) * c.padded + j] = at_target[j];
+        }
+        T* tokens = by_token ? data<T>(token_major) + thread * c.count() * kTile : nullptr;
+        T* vocab = by_vocab ? data<T>(vocab_major) + thread * kTile * group_rows : nullptr;
+        A* bias_sum = out.bias.defined() ? data<A>(out.bias) + v : nullptr;
+        kernels_.emit(count, c.count(), c.padded, g, tokens, kTile, vocab, group_rows, bias_sum);
+        if (by_token) {
+          T* panels = data<T>(weight_panels) + thread * kTile * out_width;
+          kernels_.pack(count, width_, w, weight_.stride(), panels);
+          kernels_.gemm(c.count(), out_width, round_up(count, kGroup<T>), tokens, kTile, panels,
+                        data<A>(partial) + thread * c.count() * out_width, out_width, tile > begin);
+        }
+        if (by_vocab) {
+          kernels_.gemm(count, width_, group_rows, vocab, group_rows, data<T>(hidden_panels),
+                        data<A>(out.weight) + v * width_, width_, weight_started);
+        }
+      }
+    });
+    weight_started = true;
+    if (by_token) {
+      out.hidden.index_copy_(0, c.index,
+                             partial.sum(0).narrow(1, 0, width_).to(out.hidden.scalar_type()));
+    }
+  }
+
+  // What a recomputing backward needs of the forward pass.
+  void restore(const Tensor& nll, const Tensor& lse) {
+    nll_ = nll;
+    lse_ = lse.to(at::kDouble);
+    at_target_ = lse_ - nll;
+  }
+
+  void pack_extra(Chunk& c, const Tensor& x) const {
+    c.extra = at::empty({c.padded * padded_width_}, scalar_type<T>());
+    pack_transposed(gather(x, c), c, c.extra);
+  }
+
+  const Tensor& nll() const { return nll_; }
+  Tensor lse() const { return lse_.to(accumulator_type()); }
+  int64_t tokens() const { return target_.numel(); }
+
+ private:
+  template <Second kSecond>
+  void transform_tile(int64_t v, int64_t count, int64_t cols, int64_t ld, const Tensor& second_bias,
+                      A* z, A* dz) const {
+    const bool any_bias = bias_.defined() || second_bias.defined();
+    if (transform_.identity(any_bias)) return;
+    const A* bias = bias_.defined() ? data<A>(bias_) + v : nullptr;
+    const A* second = second_bias.defined() ? data<A>(second_bias) + v : nullptr;
+    if (kSecond == Second::none) kernels_.transform(count, cols, ld, transform_, bias, z);
+    if (kSecond == Second::jvp)
+      kernels_.transform_jvp(count, cols, ld, transform_, bias, second, z, dz);
+    if (kSecond == Second::pair)
+      kernels_.transform_pair(count, cols, ld, transform_, bias, second, z, dz);
+  }
+
+  void pack_transposed(const Tensor& x, const Chunk& c, const Tensor& out) const {
+    kernels_.pack_transposed(c.padded, padded_width_, data<T>(x), padded_width_, data<T>(out));
+  }
+
+  static double softplus(double a) {
+    return a > 0 ? a + std::log1p(std::exp(-a)) : std::log1p(std::exp(a));
+  }
+
+  const HeadKernels<T>& kernels_ = *head_kernels<T>();
+  Tensor hidden_, target_, bias_;
+  Options options_;
+  LogitTransform<A> transform_;
+  TiledMatrix<T> weight_;
+  int64_t vocabulary_, width_, tiles_, threads_, panel_, padded_width_;
+  Tensor nll_, lse_, at_target_;
+};
+
+// Calls fn with a value of the type that the matrix products of `hidden` read.
+template <typename F>
+auto with_product_type(const Tensor& hidden, const F& fn) {
+  switch (hidden.scalar_type()) {
+    case at::kDouble:
+      return fn(double{});
+    case at::kBFloat16:
+      if (head_kernels<bf16>()) return fn(bf16{});
+      [[fallthrough]];
+    case at::kFloat:
+    case at::kHalf:
+      return fn(float{});
+    default:
+      TORCH_CHECK_TYPE(false, "linear_nll: no CPU kernel for ", hidden.scalar_type());
+  }
+}
+
+// The Python layer explains shape errors; this guards the raw operator.
+void check(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+           const OptionalTensor& bias) {
+  TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && target.dim() == 1 &&
+                        hidden.size(1) == weight.size(1) && hidden.size(0) == target.size(0) &&
+                        weight.size(0) > 0 &&
+                        (!bias || bias->sizes() == weight.sizes().slice(0, 1)),
+                    "linear_nll: expected hidden [N, H], weight [V, H], target [N], bias [V]; got ",
+                    hidden.sizes(), ", ", weight.sizes(), ", ", target.sizes());
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "linear_nll: target must be int64");
+}
+
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+
+// d_hidden rows come in the dtype of hidden, except that float16 keeps float32: unweighted rows may
+// underflow.
+Triple linear_nll_forward(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                          const OptionalTensor& bias, double softcap, double scale,
+                          int64_t ignore_index, bool keep_rows) {
+  check(hidden, weight, target, bias);
+  return with_product_type(hidden, [&](auto tag) -> Triple {
+    using T = decltype(tag);
+    const Tensor input =
+        keep_rows && hidden.scalar_type() == at::kHalf ? hidden.to(at::kFloat) : hidden;
+    Head<T> head(input, weight, target, bias, {scale, softcap, ignore_index});
+    auto gradients = head.new_gradients(keep_rows, false, false);
+    const std::vector<double> ones(keep_rows ? head.tokens() : 0, 1.0);
+    bool started = false;
+    for (auto& rows : head.chunks(head.max_rows(keep_rows, keep_rows), {})) {
+      auto chunk = head.begin_chunk(std::move(rows));
+      head.template sweep_statistics<Second::none>(chunk, keep_rows);
+      head.template combine<Second::none>(chunk, {});
+      if (keep_rows) head.sweep_gradients(chunk, ones.data(), gradients, started);
+    }
+    return {head.nll(), head.lse(),
+            keep_rows ? gradients.hidden : at::empty({0}, hidden.options())};
+  });
+}
+
+// An unwanted gradient is an empty tensor; no chunk at all leaves d_weight unwritten.
+template <typename G>
+void finish(G& g, const Tensor& hidden, at::ScalarType accumulator, bool weight_started) {
+  if (g.weight.defined() && !weight_started) g.weight.zero_();
+  if (!g.hidden.defined()) g.hidden = at::empty({0}, hidden.options());
+  if (!g.weight.defined()) g.weight = at::empty({0}, hidden.options().dtype(accumulator));
+  if (!g.bias.defined()) g.bias = at::empty({0}, hidden.options().dtype(accumulator));
+}
+
+Triple linear_nll_backward(const Tensor& grad_nll, const Tensor& hidden, const Tensor& weight,
+                           const Tensor& target, const OptionalTensor& bias, const Tensor& nll,
+                           const Tensor& lse, double softcap, double scale, int64_t ignore_index,
+                           bool need_hidden, bool need_weight, bool need_bias) {
+  check(hidden, weight, target, bias);
+  return with_product_type(hidden, [&](auto tag) -> Triple {
+    using T = decltype(tag);
+    const Tensor factor = grad_nll.to(at::kDouble).contiguous();
+    const Tensor live =
+        target.where(factor.ne(0), ignore_index);  // a row without weight has no gradient
+    Head<T> head(hidden, weight, live, bias, {scale, softcap, ignore_index});
+    head.restore(nll, lse);
+    auto g = head.new_gradients(need_hidden, need_weight, need_bias && bias);
+    bool started = false;
+    for (auto& rows : head.chunks(head.max_rows(false, need_hidden), {})) {
+      auto chunk = head.begin_chunk(std::move(rows));
+      head.sweep_gradients(chunk, factor.const_data_ptr<double>(), g, started);
+    }
+    finish(g, hidden, head.accumulator_type(), started);
+    return {g.hidden, g.weight.to(weight.scalar_type()),
+            bias ? g.bias.to(bias->scalar_type()) : g.bias};
+  });
+}
+
+// d_hidden in the dtype of hidden, d_weight and d_bias in the accumulator's: scale_cast rounds them
+// once, with the upstream gradient.
+std::tuple<Tensor, Tensor, Tensor, Tensor> weighted_linear_nll_forward(
+    const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& token_weight,
+    const OptionalTensor& bias, double softcap, double scale, int64_t ignore_index,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  check(hidden, weight, target, bias);
+  using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+  return with_product_type(hidden, [&](auto tag) -> Result {
+    using T = decltype(tag);
+    Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
+    auto g = head.new_gradients(need_hidden, need_weight, need_bias && bias);
+    const bool any = need_hidden || need_weight || need_bias;
+    const Tensor factor = token_weight.to(at::kDouble).contiguous();
+    const double* weights = factor.const_data_ptr<double>();
+    bool started = false;
+    for (auto& rows : head.chunks(head.max_rows(any, need_hidden), factor)) {
+      const bool keep = any && weights[rows.front()] != 0;
+      auto chunk = head.begin_chunk(std::move(rows));
+      head.template sweep_statistics<Second::none>(chunk, keep);
+      head.template combine<Second::none>(chunk, {});
+      if (keep) head.sweep_gradients(chunk, weights, g, started);
+    }
+    finish(g, hidden, head.accumulator_type(), started);
+    return {head.nll(), g.hidden, g.weight, g.bias};
+  });
+}
+
+std::tuple<Tensor, Tensor> linear_nll_jvp(const Tensor& hidden, const Tensor& weight,
+                                          const Tensor& target, const Tensor& hidden_tangent,
+                                          const OptionalTensor& weight_tangent,
+                                          const OptionalTensor& bias,
+                                          const OptionalTensor& bias_tangent, double softcap,
+                                          double scale, int64_t ignore_index) {
+  check(hidden, weight, target, bias);
+  return with_product_type(hidden, [&](auto tag) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(tag);
+    Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
+    const TiledMatrix<T> d_weight =
+        weight_tangent ? TiledMatrix<T>(*weight_tangent) : TiledMatrix<T>();
+    const Tensor d_bias =
+        bias_tangent ? bias_tangent->detach().to(head.accumulator_type()).contiguous() : Tensor();
+    const Tensor tangent = at::zeros_like(head.nll());
+    for (auto& rows : head.chunks(kMaxChunkRows, {})) {
+      auto chunk = head.begin_chunk(std::move(rows), hidden_tangent.detach());
+      head.template sweep_statistics<Second::jvp>(chunk, false, d_weight, d_bias);
+      head.template combine<Second::jvp>(chunk, tangent);
+    }
+    return {head.nll(), tangent};
+  });
+}
+
+std::tuple<Tensor, Tensor> linear_nll_pair(const Tensor& hidden, const Tensor& hidden_perturbed,
+                                           const Tensor& weight, const Tensor& target,
+                                           const OptionalTensor& weight_perturbed,
+                                           const OptionalTensor& bias,
+                                           const OptionalTensor& bias_perturbed, double softcap,
+                                           double scale, int64_t ignore_index) {
+  check(hidden, weight, target, bias);
+  return with_product_type(hidden, [&](auto tag) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(tag);
+    using A = Acc<T>;
+    Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
+    // z' - z = (h' - h) w + h' (w' - w): the differences are taken between inputs, where they are
+    // exact or rounded once, never between logits.
+    const auto wide = [](const Tensor& t) { return t.detach().to(scalar_type<A>()); };
+    const Tensor d_hidden = wide(hidden_perturbed) - wide(hidden);
+    TiledMatrix<T> d_weight;
+    if (weight_perturbed) d_weight = TiledMatrix<T>(*weight_perturbed, weight);
+    Tensor d_bias;
+    if (bias_perturbed) d_bias = wide(*bias_perturbed) - wide(*bias);
+    const Tensor difference = at::zeros_like(head.nll());
+    for (auto& rows : head.chunks(kMaxChunkRows, {})) {
+      auto chunk = head.begin_chunk(std::move(rows), d_hidden);
+      if (weight_perturbed) head.pack_extra(chunk, hidden_perturbed.detach());
+      head.template sweep_statistics<Second::pair>(chunk, false, d_weight, d_bias);
+      head.template combine<Second::pair>(chunk, difference);
+    }
+    return {head.nll(), difference};
+  });
+}
+
+// x * factor as dtype, rounded once and without a temporary of x's size.
+Tensor scale_cast(const Tensor& x, const Tensor& factor, at::ScalarType dtype) {
+  Tensor out = at::empty(x.sizes(), x.options().dtype(dtype));
+  const Tensor from = x.detach().contiguous().view(-1), to = out.view(-1), by = factor.detach();
+  constexpr int64_t block = 1 << 14;
+  const int64_t blocks = (x.numel() + block - 1) / block;
+  at::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t size = std::min(block, x.numel() - i * block);
+      to.narrow(0, i * block, size).copy_(from.narrow(0, i * block, size) * by);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) {
+  m.impl("scale_cast", scale_cast);
+  m.impl("linear_nll_forward", linear_nll_forward);
+  m.impl("linear_nll_backward", linear_nll_backward);
+  m.impl("weighted_linear_nll_forward", weighted_linear_nll_forward);
+  m.impl("linear_nll_jvp", linear_nll_jvp);
+  m.impl("linear_nll_pair", linear_nll_pair);
+}
+TORCH_LIBRARY_IMPL(vcore_kernels, CatchAll, m) { m.impl("set_bf16_engine", set_bf16_engine); }
+
+}  // namespace vcore

@@ -23,6 +23,10 @@ class HeadOptions:
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be finite, got {self.scale}")
 
+    def raw(self) -> tuple[float, float, int]:
+        """As the operators take them, after the tensors: no soft cap is 0."""
+        return self.softcap or 0.0, float(self.scale), self.ignore_index
+
 
 class HeadRows(NamedTuple):
     """The call as N independent rows: row n of ``hidden`` predicts ``target[n]``."""
@@ -31,6 +35,9 @@ class HeadRows(NamedTuple):
     weight: Tensor  # [V, H]
     target: Tensor  # [N]
     bias: Tensor | None  # [V]
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in self if tensor is not None]
 
 
 def autocast_to(tensor: Tensor | None, device_type: str) -> Tensor | None:
@@ -116,6 +123,17 @@ def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, d
             f"{op}: target {int(target.flatten()[row])} at flat position {row} is outside the vocabulary of "
             f"{vocabulary} and is not ignore_index={ignore_index}."
         )
+
+
+def rows_like(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:
+    """``value`` (a tangent or perturbed copy of an input) checked and in the layout and dtype of ``like``."""
+    if value.numel() != like.numel() or value.shape[-1:] != like.shape[-1:]:
+        raise ValueError(
+            f"{op}: {name} has shape {list(value.shape)}, which does not match {list(like.shape)}."
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}.")
+    return value.reshape(like.shape).to(like.dtype)
 
 
 def to_labels(rows: Tensor, shape: torch.Size, shift: int) -> Tensor:

@@ -8,16 +8,40 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.autograd.forward_ad as fwAD
 
 NAMESPACE = "vcore_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 COMPILED_PATH = Path(__file__).with_name("_C.so")
 
 
-def define(schema: str, fake: Callable) -> None:
+def define(schema: str, fake: Callable | None = None) -> None:
     """Declares ``schema`` and its fake (shape-only) implementation, which torch.compile traces with."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"{NAMESPACE}::{schema.split('(')[0]}", fake, lib=LIBRARY)
+    if fake is not None:
+        torch.library.register_fake(f"{NAMESPACE}::{schema.split('(')[0]}", fake, lib=LIBRARY)
+
+
+def no_derivative(name: str) -> None:
+    """Gives operator ``name`` an autograd kernel that refuses forward AD.
+
+    An operator without one drops the tangent of a dual tensor without a word: utilities would read zero and
+    weights uniform. For operators that only run inside the autograd functions of this library.
+    """
+
+    def kernel(keyset, *args):
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and fwAD._current_level >= 0:
+                tangent = fwAD.unpack_dual(arg).tangent
+                if tangent is not None:
+                    raise RuntimeError(
+                        f"{NAMESPACE}::{name} has no forward derivative and would lose the tangent. Call "
+                        f"{NAMESPACE}.{name.removesuffix('_forward')} instead of the raw operator."
+                    )
+        op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
 def _load() -> str | None:

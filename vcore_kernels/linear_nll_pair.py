@@ -1,9 +1,11 @@
-"""Loss at two parameter points and their difference."""
+"""Per-token loss at two parameter points and their difference, from one sweep over the weight."""
 
+import torch
 from torch import Tensor
 
-from vcore_kernels._head import HeadOptions, head_rows, to_labels
-from vcore_kernels.backends import reference
+from vcore_kernels import _head_ops  # noqa: F401  (declares the operators)
+from vcore_kernels._head import HeadOptions, head_rows, rows_like, to_labels
+from vcore_kernels.backends import reference, resolve
 
 
 def linear_nll_pair(
@@ -22,18 +24,51 @@ def linear_nll_pair(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Loss of each token, and how much it exceeds the loss at a perturbed point.
+
+    The compiled backends take the difference between the *inputs* of both points and carry it through the
+    logits: ``nll - nll_perturbed = -log1p((1 - p_target) * expm1(change))``, where ``change`` is the log of the mean of
+    exp(dz_v) over the other classes minus dz_target. Its relative error stays that of the inputs however close the
+    points are, where subtracting two losses leaves rounding noise. Two products of N x V x H (three with
+    ``weight_perturbed``) that share every load of the weight. No gradient flows through the result.
+
+    Args:
+        hidden_perturbed: shaped like ``hidden``.
+        weight_perturbed: [V, H], or None where the head is the same at both points.
+        bias_perturbed: [V] or None; needs ``bias``.
+        Everything else as in :func:`vcore_kernels.linear_nll`.
+
+    Returns:
+        (nll, nll - nll_perturbed), both shaped like ``target``, float32 (float64 for float64); 0 where ignored.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    Source: the finite-difference utility of VCORE (arXiv 2510.27462), before its division by epsilon.
+    """
+    op = "linear_nll_pair"
     options = HeadOptions(softcap, scale, ignore_index)
-    rows = head_rows("linear_nll_pair", hidden, weight, target, bias, options, shift, debug)
-    nll, difference = reference.linear_nll_pair(
-        rows.hidden,
-        hidden_perturbed.reshape(rows.hidden.shape).to(rows.hidden.dtype),
-        rows.weight,
-        rows.target,
-        weight_perturbed,
-        rows.bias,
-        bias_perturbed,
-        softcap,
-        scale,
-        ignore_index,
-    )
+    rows = head_rows(op, hidden, weight, target, bias, options, shift, debug)
+    hidden_perturbed = rows_like(op, "hidden_perturbed", hidden_perturbed, rows.hidden)
+    if weight_perturbed is not None:
+        weight_perturbed = rows_like(op, "weight_perturbed", weight_perturbed, rows.weight)
+    if bias_perturbed is not None:
+        if rows.bias is None:
+            raise ValueError(f"{op}: bias_perturbed was given without bias. Pass bias as well.")
+        bias_perturbed = rows_like(op, "bias_perturbed", bias_perturbed, rows.bias)
+    if resolve(op, backend, *rows.tensors(), hidden_perturbed) == "reference":
+        call, raw = reference.linear_nll_pair, (softcap, scale, ignore_index)
+    else:
+        call, raw = torch.ops.vcore_kernels.linear_nll_pair, options.raw()
+    with torch.no_grad():
+        nll, difference = call(
+            rows.hidden,
+            hidden_perturbed,
+            rows.weight,
+            rows.target,
+            weight_perturbed,
+            rows.bias,
+            bias_perturbed,
+            *raw,
+        )
     return to_labels(nll, target.shape, shift), to_labels(difference, target.shape, shift)

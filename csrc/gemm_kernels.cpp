@@ -1,1 +1,0 @@
-namespace vcore::VCORE_ISA {}

@@ -1,0 +1,124 @@
+"""Raw operators of the linear head, over N rows. ``softcap`` 0 means none; an unwanted gradient is [0].
+
+They carry no derivative formulas but those that torch.compile needs: under forward AD they would lose the
+tangent without a word, so they raise on dual tensors. The public functions are the way in.
+"""
+
+import torch
+from torch import Tensor
+
+from vcore_kernels._library import define, no_derivative
+from vcore_kernels.backends.reference import statistics_dtype
+
+_OPTIONS = "float softcap, float scale, int ignore_index"
+
+
+def _statistics(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
+
+
+def _wanted(like: Tensor, wanted: bool) -> Tensor:
+    return (
+        torch.empty_like(like, memory_format=torch.contiguous_format)
+        if wanted
+        else like.new_empty(0)
+    )
+
+
+def fake_forward(hidden, weight, target, bias, softcap, scale, ignore_index, keep_rows):
+    rows = _wanted(hidden, keep_rows)
+    if hidden.dtype == torch.float16 and keep_rows:
+        rows = rows.float()
+    return _statistics(hidden), _statistics(hidden), rows
+
+
+def _fake_backward(
+    grad_nll,
+    hidden,
+    weight,
+    target,
+    bias,
+    nll,
+    lse,
+    softcap,
+    scale,
+    ignore_index,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    return (
+        _wanted(hidden, need_hidden),
+        _wanted(weight, need_weight),
+        _wanted(bias, True) if need_bias and bias is not None else hidden.new_empty(0),
+    )
+
+
+def fake_weighted(
+    hidden,
+    weight,
+    target,
+    token_weight,
+    bias,
+    softcap,
+    scale,
+    ignore_index,
+    need_hidden,
+    need_weight,
+    need_bias,
+):
+    statistics = _statistics(hidden)
+    return (
+        statistics,
+        _wanted(hidden, need_hidden),
+        _wanted(weight, need_weight).to(statistics.dtype),
+        _wanted(weight[:, 0], need_bias).to(statistics.dtype),
+    )
+
+
+def _fake_two_losses(hidden, *_):
+    return _statistics(hidden), _statistics(hidden)
+
+
+define(
+    f"linear_nll_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_OPTIONS}, bool keep_rows)"
+    " -> (Tensor nll, Tensor lse, Tensor rows)",
+    fake_forward,
+)
+define(
+    "linear_nll_backward(Tensor grad_nll, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor nll,"
+    f" Tensor lse, {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+define(
+    "weighted_linear_nll_forward(Tensor hidden, Tensor weight, Tensor target, Tensor token_weight, Tensor? bias,"
+    f" {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
+    " -> (Tensor nll, Tensor, Tensor, Tensor)",
+    fake_weighted,
+)
+define(
+    "linear_nll_jvp(Tensor hidden, Tensor weight, Tensor target, Tensor hidden_tangent, Tensor? weight_tangent,"
+    f" Tensor? bias, Tensor? bias_tangent, {_OPTIONS}) -> (Tensor nll, Tensor nll_tangent)",
+    _fake_two_losses,
+)
+define(
+    "linear_nll_pair(Tensor hidden, Tensor hidden_perturbed, Tensor weight, Tensor target, Tensor? weight_perturbed,"
+    f" Tensor? bias, Tensor? bias_perturbed, {_OPTIONS}) -> (Tensor nll, Tensor difference)",
+    _fake_two_losses,
+)
+define(
+    "scale_cast(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",
+    lambda x, _, dtype: torch.empty_like(x, dtype=dtype),
+)
+define("set_bf16_engine(str engine) -> bool")
+
+for _name in (
+    "linear_nll_forward",
+    "linear_nll_backward",
+    "weighted_linear_nll_forward",
+    "linear_nll_jvp",
+    "linear_nll_pair",
+    "scale_cast",
+):
+    no_derivative(_name)
