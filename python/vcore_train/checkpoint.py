@@ -1,0 +1,87 @@
+"""Checkpoints that are whole or not there, and the trainer's own state in them."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STAGING = ".incomplete"
+STATE = "vcore_state"
+
+
+@contextmanager
+def staged_folder(
+    final: Path, *, main_process: bool = True, barrier: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """A folder to write into that takes the place of ``final`` once the body is done.
+
+    The body writes into ``final.parent/.incomplete/final.name``. Afterwards everything is flushed
+    to the disk and renamed to ``final``, whose former content is deleted last. If the body raises,
+    a full disk for instance, what it wrote is deleted and ``final`` and its neighbours are as
+    before.
+
+    Args:
+        main_process: whether this process prepares, renames and cleans up.
+        barrier: waits for all processes that write into the folder.
+    """
+    staging = final.parent / STAGING / final.name
+    retired = final.parent / STAGING / f"{final.name}.retired"
+    if main_process:
+        for leftover in (staging, retired):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir(parents=True)
+    barrier()
+    try:
+        yield staging
+        _flush(staging)
+        barrier()
+        if main_process:
+            if final.exists():
+                final.rename(retired)
+            staging.rename(final)
+    finally:
+        if main_process:
+            shutil.rmtree(staging.parent, ignore_errors=True)
+    barrier()
+
+
+def _flush(folder: Path) -> None:
+    """Waits until every file is on the disk, where a full one reports late failures too."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def save_state(folder: Path, suffix: str, tensors: dict[str, Tensor], values: dict) -> None:
+    """Writes ``vcore_state{suffix}.safetensors`` and ``.json``."""
+    # safetensors refuses tensors that share memory, as a kept direction and its average may do.
+    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    save_file(copies, folder / f"{STATE}{suffix}.safetensors")
+    content = {"values": values, "order": list(tensors)}
+    (folder / f"{STATE}{suffix}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_state(folder: Path, suffix: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What :func:`save_state` wrote, in the same order, or None where there is no such state."""
+    path = folder / f"{STATE}{suffix}.json"
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    tensors = load_file(folder / f"{STATE}{suffix}.safetensors")
+    return {name: tensors[name] for name in content["order"]}, content["values"]
+
+
+def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def under_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}/"
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}

@@ -1,0 +1,278 @@
+"""The options of :class:`vcore_train.VcoreTrainer`."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+METHODS = ("sft", "random", "dft", "iw_sft", "vcore")
+DIRECTIONS = ("probe", "ema", "momentum", "adam")
+UTILITY_METHODS = ("jvp", "central", "finite_difference")
+VARIANCE_CONTROLS = ("utility", "trajectory", "ess", "loss", "none")
+KL_SCOPES = ("trajectory", "batch")
+IW_LEVELS = ("sequence", "token")
+DEFAULT_KL_BUDGET = 0.1  # nats
+# Optimizers of transformers that keep their moments in the parameters' own layout and precision.
+ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+MOMENTUM_OPTIMIZERS = (*ADAM_OPTIMIZERS, "sgd")
+
+
+@dataclass
+class VcoreConfig(TrainingArguments):
+    """Options of token-weighted training, on top of those of ``transformers.TrainingArguments``.
+
+    Every option is checked when the object is made; a bad one raises ValueError naming it, what
+    came and what is allowed.
+
+    Which objective:
+        method: ``"vcore"`` (Gibbs weights over utilities, arXiv 2510.27462), ``"sft"`` (uniform),
+            ``"random"`` (uniform over a random part of the response), ``"dft"`` (each token's loss
+            times its own probability) or ``"iw_sft"`` (weights relative to the policy at the start
+            of training).
+
+    Which utilities (method ``"vcore"``):
+        direction: where the descent direction g comes from. ``"probe"``: the gradient of the
+            uniform loss on fresh examples. ``"ema"``: an exponential average of such gradients.
+            ``"momentum"``, ``"adam"``: the optimizer's own average, which costs nothing but is an
+            average of *reweighted* gradients and so feeds on itself.
+        utility_method: ``"jvp"`` (forward-mode derivative), ``"central"`` or
+            ``"finite_difference"``.
+        epsilon: step of the two difference methods; None picks one for the precision and the size
+            of g.
+        every: optimizer steps that one g is kept for. Weights are computed anew at every step.
+        anchor_steps: weighted steps are those whose number (from 0) is a multiple of this, all
+            others are uniform and unprobed, as in the released code. 1 weights every step.
+        probe_batch_size: examples in a probe batch; None takes ``per_device_train_batch_size``.
+        probe_replacement: draw every probe batch anew from the whole training set (True, as in the
+            released code), or go through it in a random order before any example comes again
+            (False).
+        probe_max_norm: clip g to this norm first, as the released code does with 1.0; None does
+            not.
+        ema_decay: in [0, 1), weight of the past in direction ``"ema"``.
+
+    Which weights (method ``"vcore"``):
+        kl_budget, temperature, tau: at most one of the three. ``kl_budget`` (nats) takes the
+            sharpest weights within that divergence from uniform, ``tau`` multiplies the utilities,
+            ``temperature`` divides them. None of the three means ``kl_budget=0.1``.
+        kl_scope: the budget holds in each ``"trajectory"``, or on average over the ``"batch"``,
+            which is the whole optimizer step.
+        variance_control: ``"utility"``, ``"trajectory"``, ``"ess"``, ``"loss"`` or ``"none"``: how
+            the scale alpha of the step is found (``vcore_kernels.variance_control``).
+        variance_cap: upper bound of alpha; None for no bound.
+
+    Other methods:
+        random_keep: in (0, 1], supervised share of the response for ``"random"``.
+        iw_level: ``"sequence"`` or ``"token"`` weights for ``"iw_sft"``.
+        iw_temp: factor on the log-ratio before the exponential of a sequence weight.
+        iw_clip: lower and upper bound of a weight; None takes (0, 16) for sequences, (0.2, 1.8) for
+            tokens.
+
+    Data:
+        max_length: longer examples are cut to this many tokens; None cuts nothing, and an example
+            longer than the model's window is an error.
+        packing: concatenate the examples of a micro-batch into one row without padding. They do not
+            see each other; each stays a trajectory of its own.
+    """
+
+    # Rows may carry columns that the collator reads and the model does not.
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop dataset columns that the model does not take."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every this many optimizer steps."}
+    )
+
+    method: str = field(default="vcore", metadata={"help": f"Objective: {', '.join(METHODS)}."})
+    direction: str = field(
+        default="probe", metadata={"help": f"Descent direction: {', '.join(DIRECTIONS)}."}
+    )
+    utility_method: str = field(
+        default="jvp", metadata={"help": f"How utilities are found: {', '.join(UTILITY_METHODS)}."}
+    )
+    epsilon: float | None = field(
+        default=None, metadata={"help": "Step of the difference methods; by default chosen."}
+    )
+    tau: float | None = field(default=None, metadata={"help": "Factor on the utilities."})
+    temperature: float | None = field(default=None, metadata={"help": "1 / tau."})
+    kl_budget: float | None = field(
+        default=None,
+        metadata={"help": f"KL from uniform weights, nats (default {DEFAULT_KL_BUDGET})."},
+    )
+    kl_scope: str = field(
+        default="trajectory", metadata={"help": f"Where kl_budget holds: {', '.join(KL_SCOPES)}."}
+    )
+    variance_control: str = field(
+        default="utility", metadata={"help": f"Scale of a step: {', '.join(VARIANCE_CONTROLS)}."}
+    )
+    variance_cap: float | None = field(
+        default=1.0, metadata={"help": "Upper bound of the scale of a step."}
+    )
+    every: int = field(default=1, metadata={"help": "Optimizer steps that a direction is kept."})
+    anchor_steps: int = field(
+        default=1, metadata={"help": "Weight only every k-th step, the others are uniform."}
+    )
+    probe_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples in a probe batch (default: per_device_train_batch_size)."},
+    )
+    probe_replacement: bool = field(
+        default=True, metadata={"help": "Draw probe batches with replacement."}
+    )
+    probe_max_norm: float | None = field(
+        default=None, metadata={"help": "Clip the direction to this norm."}
+    )
+    ema_decay: float = field(default=0.9, metadata={"help": "Decay of the averaged direction."})
+    random_keep: float = field(
+        default=0.2, metadata={"help": "Supervised share of a response for method random."}
+    )
+    iw_level: str = field(
+        default="sequence", metadata={"help": f"Importance weights: {', '.join(IW_LEVELS)}."}
+    )
+    iw_temp: float = field(default=1.0, metadata={"help": "Factor on the log importance ratio."})
+    iw_clip: list[float] | None = field(
+        default=None, metadata={"help": "Lower and upper bound of an importance weight."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Cut examples to this many tokens."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Concatenate examples instead of padding them."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choices()
+        self._check_sharpness()
+        self._check_numbers()
+        self._check_combinations()
+        if self.probe_batch_size is None:
+            self.probe_batch_size = self.per_device_train_batch_size
+
+    @property
+    def sharpness(self) -> dict[str, float]:
+        """The one of tau, temperature and kl_budget that is set, as keyword arguments."""
+        given = {name: getattr(self, name) for name in ("tau", "temperature", "kl_budget")}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _check_choices(self) -> None:
+        for name, allowed in (
+            ("method", METHODS),
+            ("direction", DIRECTIONS),
+            ("utility_method", UTILITY_METHODS),
+            ("variance_control", VARIANCE_CONTROLS),
+            ("kl_scope", KL_SCOPES),
+            ("iw_level", IW_LEVELS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise _error(name, getattr(self, name), "one of " + ", ".join(allowed))
+        for name in ("packing", "probe_replacement"):
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, getattr(self, name), "True or False")
+
+    def _check_sharpness(self) -> None:
+        given = self.sharpness
+        if len(given) > 1:
+            came = ", ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(
+                f"VcoreConfig: pass at most one of tau, temperature and kl_budget, got {came}."
+            )
+        for name, value in given.items():
+            positive = name == "temperature"
+            _check_number(name, value, low=0, low_open=positive)
+        if not given:
+            self.kl_budget = DEFAULT_KL_BUDGET
+
+    def _check_numbers(self) -> None:
+        for name in ("epsilon", "variance_cap", "probe_max_norm"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), low=0, low_open=True)
+        _check_number("ema_decay", self.ema_decay, low=0, high=1, high_open=True)
+        _check_number("random_keep", self.random_keep, low=0, low_open=True, high=1)
+        _check_number("iw_temp", self.iw_temp, low=0)
+        for name, low in (
+            ("every", 1),
+            ("anchor_steps", 1),
+            ("probe_batch_size", 1),
+            ("max_length", 2),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("probe_batch_size", "max_length"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise _error(name, value, f"a whole number of at least {low}")
+        if self.iw_clip is not None:
+            bounds = self.iw_clip
+            if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+                raise _error("iw_clip", bounds, "a lower and an upper bound")
+            for bound in bounds:
+                _check_number("iw_clip", bound, low=0)
+            if bounds[0] > bounds[1]:
+                raise _error("iw_clip", bounds, "a lower bound that is not above the upper one")
+
+    def _check_combinations(self) -> None:
+        if self.label_smoothing_factor != 0:
+            raise _error(
+                "label_smoothing_factor",
+                self.label_smoothing_factor,
+                "0: the objectives here are likelihoods of the given tokens",
+            )
+        if self.epsilon is not None and self.utility_method == "jvp":
+            raise ValueError(
+                f"VcoreConfig: epsilon={self.epsilon} has no meaning for utility_method='jvp'. "
+                "Drop it, or "
+                "pass utility_method='central' or 'finite_difference'."
+            )
+        if self.torch_compile:
+            raise _error(
+                "torch_compile", True, "False: losses are computed beside the compiled forward"
+            )
+        if self.method != "vcore":
+            return
+        if (
+            self.variance_control == "trajectory"
+            and self.per_device_train_batch_size * self.gradient_accumulation_steps < 2
+        ):
+            raise ValueError(
+                "VcoreConfig: variance_control='trajectory' needs at least 2 trajectories in an "
+                "optimizer step, "
+                "and per_device_train_batch_size * gradient_accumulation_steps is 1. Use 'utility'."
+            )
+        if self.fp16:
+            raise ValueError(
+                "VcoreConfig: fp16=True does not work with method='vcore': the gradient of a "
+                "probe batch "
+                "has no loss scaling and underflows. Use bf16=True, or float32."
+            )
+        served = {"adam": ADAM_OPTIMIZERS, "momentum": MOMENTUM_OPTIMIZERS}.get(self.direction)
+        optim = OptimizerNames(self.optim).value
+        if served is not None and optim not in served:
+            raise ValueError(
+                f"VcoreConfig: direction={self.direction!r} reads the moments of the optimizer, "
+                "and "
+                f"optim={optim!r} has none that it can read. Use optim="
+                f"{' or '.join(served)}, or direction='probe' or 'ema', which work with any "
+                "optimizer."
+            )
+
+
+def _error(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"VcoreConfig: {name} must be {allowed}, got {value!r}.")
+
+
+def _check_number(
+    name: str,
+    value: object,
+    *,
+    low: float,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> None:
+    allowed = f"a finite number {'above' if low_open else 'of at least'} {low}"
+    if high < math.inf:
+        allowed += f" and {'below' if high_open else 'at most'} {high}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _error(name, value, allowed)
+    if value < low or value > high or (low_open and value == low) or (high_open and value == high):
+        raise _error(name, value, allowed)

@@ -1,0 +1,136 @@
+"""The trajectories of a dataset as the trainer reads them: checked, cut to length, numbered."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+
+from vcore_train.modeling import IGNORE_INDEX
+
+# Columns with one entry for each token. answer_mask marks tokens that method "random" always keeps.
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "answer_mask")
+NUMBER = "example_index"
+Row = dict[str, Any]
+
+
+class Examples(Dataset):
+    """A map-style dataset without its unusable rows, each row with its number in the original one.
+
+    Rows are mappings with ``input_ids``, ``labels`` (-100 where not supervised) and optionally
+    ``attention_mask`` (1 for tokens; masked ones are dropped) and ``answer_mask`` (1 for tokens of
+    the final answer). All rows are read once, here. Rows without any supervised token, which
+    includes those whose response ``max_length`` cuts off, are left out and counted in ``skipped``.
+
+    Args:
+        rows: the dataset.
+        max_length: rows are cut to this many tokens; None cuts nothing.
+        window: tokens that the model can take; None if it has no limit.
+
+    Raises:
+        ValueError: a row lacks a column, its columns differ in length, or it is longer than the
+            window, with the row's number; or no row is left.
+    """
+
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], max_length: int | None, window: int | None
+    ):
+        self.rows, self.max_length = rows, max_length
+        self.numbers: list[int] = []
+        self.lengths: list[int] = []
+        for number in range(len(rows)):
+            row = checked_row(rows[number], number, max_length, window)
+            if is_supervised(row):
+                self.numbers.append(number)
+                self.lengths.append(len(row["input_ids"]))
+        self.skipped = len(rows) - len(self.numbers)
+        if len(rows) and not self.numbers:
+            raise ValueError(
+                f"dataset: none of its {len(rows)} examples has a supervised token. Labels are "
+                "-100 for the "
+                "prompt and the token itself for the response; max_length may cut every response "
+                "off."
+            )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Row:
+        number = self.numbers[index]
+        return {**token_columns(self.rows[number], self.max_length), NUMBER: number}
+
+
+class ExampleStream(IterableDataset):
+    """The same over an iterable dataset, checked as it is read; ``skipped`` counts so far."""
+
+    def __init__(self, rows: IterableDataset, max_length: int | None, window: int | None):
+        self.rows, self.max_length, self.window = rows, max_length, window
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for number, row in enumerate(self.rows):
+            checked = checked_row(row, number, self.max_length, self.window)
+            if is_supervised(checked):
+                yield {**checked, NUMBER: number}
+            else:
+                self.skipped += 1
+
+
+def numbered_examples(
+    rows: Any, max_length: int | None, window: int | None
+) -> Examples | ExampleStream:
+    """``rows`` as :class:`Examples`, or :class:`ExampleStream` where it has no length."""
+    if isinstance(rows, Examples | ExampleStream):
+        return rows
+    if max_length is not None and window is not None and max_length > window:
+        raise ValueError(
+            f"VcoreTrainer: max_length={max_length} is more than the model's window of {window} "
+            "tokens. "
+            f"Pass max_length={window} or less."
+        )
+    if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
+        return Examples(rows, max_length, window)
+    return ExampleStream(rows, max_length, window)
+
+
+def token_columns(row: Mapping[str, Any], max_length: int | None) -> Row:
+    """The columns that the trainer reads: masked tokens dropped, cut to ``max_length``."""
+    columns = {name: _as_list(row[name]) for name in TOKEN_COLUMNS if row.get(name) is not None}
+    attended = columns.pop("attention_mask", None)
+    if attended is not None and not all(attended):
+        kept = [position for position, value in enumerate(attended) if value]
+        columns = {name: [values[i] for i in kept] for name, values in columns.items()}
+    return {name: values[:max_length] for name, values in columns.items()}
+
+
+def checked_row(
+    row: Mapping[str, Any], number: int, max_length: int | None, window: int | None
+) -> Row:
+    """:func:`token_columns` of a row, or ValueError with its number."""
+    for name in ("input_ids", "labels"):
+        if row.get(name) is None:
+            raise ValueError(
+                f"dataset: example {number} has no {name!r}, only {', '.join(row)}. The trainer "
+                "takes "
+                "tokenised rows with input_ids and labels."
+            )
+    lengths = {name: len(row[name]) for name in TOKEN_COLUMNS if row.get(name) is not None}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"dataset: the columns of example {number} differ in length: {lengths}.")
+    columns = token_columns(row, max_length)
+    length = len(columns["input_ids"])
+    if window is not None and length > window:
+        raise ValueError(
+            f"dataset: example {number} has {length} tokens, more than the model's window of "
+            f"{window}. "
+            f"Set max_length={window} to cut it, or leave it out."
+        )
+    return columns
+
+
+def is_supervised(row: Row) -> bool:
+    """Whether some token after the first is supervised (nothing predicts the first)."""
+    return any(label != IGNORE_INDEX for label in row["labels"][1:])
+
+
+def _as_list(values: Any) -> list[int]:
+    return values.tolist() if hasattr(values, "tolist") else list(values)

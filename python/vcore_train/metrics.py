@@ -1,0 +1,50 @@
+"""Figures of training between two log lines."""
+
+import time
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class Metrics:
+    """Means over the optimizer steps since the last log line, and totals over the whole run.
+
+    Values stay on their device until a line is due, so that collecting them waits for nothing.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, int] = defaultdict(int)
+        self._values: dict[str, list[Tensor]] = defaultdict(list)
+        self._sums: dict[str, Tensor] = {}
+        self._probing = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Starts the clock of the first interval; without effect afterwards."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def add_mean(self, name: str, value: Tensor) -> None:
+        self._values[name].append(value.detach())
+
+    def add_to_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
+        """``name`` will be the sum of the numerators over the sum of the denominators."""
+        pair = torch.stack([numerator.detach().double(), denominator.detach().double()])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_probing(self, seconds: float) -> None:
+        self._probing += seconds
+
+    def drain(self) -> dict[str, float]:
+        """The figures as numbers; starts the next interval."""
+        figures = {name: float(pair[0] / pair[1]) for name, pair in self._sums.items()}
+        for name, values in self._values.items():
+            figures[name] = float(torch.stack([v.double() for v in values]).mean())
+        now = time.perf_counter()
+        if self._probing and self._since is not None:
+            figures["probe_time_share"] = self._probing / (now - self._since)
+        self._values.clear()
+        self._sums.clear()
+        self._probing, self._since = 0.0, now
+        return {**figures, **{name: float(total) for name, total in self.totals.items()}}

@@ -1,0 +1,34 @@
+import pytest
+import torch
+from vcore_train.checkpoint import load_state, save_state, staged_folder
+
+
+def test_staged_folder_replaces_and_restores(tmp_path):
+    final = tmp_path / "final"
+    with staged_folder(final) as folder:
+        (folder / "a").write_text("old")
+        assert not final.exists()
+
+    def broken():
+        with staged_folder(final) as folder:
+            (folder / "a").write_text("new")
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        broken()
+    assert (final / "a").read_text() == "old"
+    with staged_folder(final) as folder:
+        (folder / "b").write_text("new")
+    assert [path.name for path in final.iterdir()] == ["b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_state_comes_back_in_its_order(tmp_path):
+    shared = torch.arange(3.0)
+    tensors = {"b/z": shared, "a/y": torch.ones((), dtype=torch.int64), "b/a": shared}
+    save_state(tmp_path, "_1", tensors, {"step": 3})
+    loaded, values = load_state(tmp_path, "_1")
+    assert list(loaded) == list(tensors)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    assert values == {"step": 3}
+    assert load_state(tmp_path, "") is None
