@@ -7,6 +7,14 @@ from vcore_kernels.iw_sft_loss import iw_sft_loss
 from vcore_kernels.linear_nll import linear_nll
 from vcore_kernels.linear_nll_jvp import linear_nll_jvp
 from vcore_kernels.linear_nll_pair import linear_nll_pair
+from vcore_kernels.perturbed import (
+    NonFiniteDirectionError,
+    StalledPerturbationWarning,
+    free_backup_buffers,
+    perturb_,
+    perturbed,
+    restore_,
+)
 from vcore_kernels.random_supervision import random_supervision
 from vcore_kernels.sft_loss import sft_loss
 from vcore_kernels.variance_control import variance_control
@@ -16,15 +24,21 @@ from vcore_kernels.weighted_linear_nll import weighted_linear_nll
 __all__ = [
     "BackendError",
     "GibbsWeights",
+    "NonFiniteDirectionError",
+    "StalledPerturbationWarning",
     "VcoreLoss",
     "backends",
     "dft_loss",
+    "free_backup_buffers",
     "gibbs_weights",
     "iw_sft_loss",
     "linear_nll",
     "linear_nll_jvp",
     "linear_nll_pair",
+    "perturb_",
+    "perturbed",
     "random_supervision",
+    "restore_",
     "sft_loss",
     "variance_control",
     "vcore_loss",

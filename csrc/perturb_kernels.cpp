@@ -1,0 +1,356 @@
+// theta <- round(theta - epsilon * g), saving theta's old bits, block by block through the
+// first-level cache.
+//
+// A block of g is widened to the accumulation type into a local buffer, the old bits of theta are
+// copied out (into g's own storage when values are swapped: g is already in the buffer), then theta
+// is rewritten. The product and the difference are each rounded to the accumulation type, never
+// fused, so that every instruction set and the PyTorch reference give the same bits; this file is
+// compiled with -ffp-contract=off.
+#include "perturb_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace vcore::VCORE_ISA {
+namespace {
+
+template <class To, class From>
+inline To bits(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// condition ? yes : no without a branch, so that loops over it vectorise.
+inline float select(bool condition, float yes, float no) {
+  const uint32_t mask = -static_cast<uint32_t>(condition);
+  return bits<float>((bits<uint32_t>(yes) & mask) | (bits<uint32_t>(no) & ~mask));
+}
+inline double select(bool condition, double yes, double no) {
+  const uint64_t mask = -static_cast<uint64_t>(condition);
+  return bits<double>((bits<uint64_t>(yes) & mask) | (bits<uint64_t>(no) & ~mask));
+}
+
+// ---- storage types: what one entry is in memory, its accumulation type, widening and narrowing
+// ----
+
+struct F32 {
+  using Storage = uint32_t;
+  using Acc = float;
+  static constexpr Storage kInfinity = 0x7f800000u;
+  static Acc widen(Storage x) { return bits<float>(x); }
+  static Storage narrow(Acc x) { return bits<uint32_t>(x); }
+};
+
+struct F64 {
+  using Storage = uint64_t;
+  using Acc = double;
+  static constexpr Storage kInfinity = 0x7ff0000000000000u;
+  static Acc widen(Storage x) { return bits<double>(x); }
+  static Storage narrow(Acc x) { return bits<uint64_t>(x); }
+};
+
+// float32 under stochastic rounding: accumulated in double, of which 29 bits are rounded away at
+// random.
+struct F32Stochastic {
+  using Storage = uint32_t;
+  using Acc = double;
+  static Acc widen(Storage x) { return bits<float>(x); }
+  static Storage narrow(Acc x, uint32_t random) {
+    const double size = __builtin_fabs(x);
+    const uint64_t mask = (uint64_t{1} << 29) - 1;
+    const double normal = bits<double>((bits<uint64_t>(x) + (random & mask)) & ~mask);
+    // Subnormal results lie on a fixed grid of 2^-149.
+    const bool small = size < 0x1p-126;
+    const double units = select(small, size, 0.0) * 0x1p149 + random * 0x1p-32;
+    const double grid = static_cast<double>(static_cast<int32_t>(units));
+    const double subnormal = __builtin_copysign(grid * 0x1p-149, x);
+    const double rounded = select(small, subnormal, normal);
+    return bits<uint32_t>(static_cast<float>(select(size <= 0x1.fffffep127, rounded, x)));
+  }
+};
+
+struct BF16 {
+  using Storage = uint16_t;
+  using Acc = float;
+  static constexpr Storage kInfinity = 0x7f80u;
+  static Acc widen(Storage x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+  static Storage narrow(Acc x) {
+    const uint32_t u = bits<uint32_t>(x);
+    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  }
+};
+
+struct BF16Stochastic : BF16 {
+  static Storage narrow(Acc x, uint32_t random) {
+    const uint32_t u = bits<uint32_t>(x);
+    const float rounded = bits<float>((u + (random & 0xffffu)) & ~0xffffu);
+    return BF16::narrow(select((u & 0x7f800000u) == 0x7f800000u, x, rounded));
+  }
+};
+
+// Half precision by integer arithmetic (the method of Maratyszcza's FP16 library): it vectorises
+// everywhere.
+struct F16 {
+  using Storage = uint16_t;
+  using Acc = float;
+  static constexpr Storage kInfinity = 0x7c00u;
+  static Acc widen(Storage x) {
+    const uint32_t w = static_cast<uint32_t>(x) << 16;
+    const uint32_t twice = w + w;
+    const float normal = bits<float>((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
+    const float subnormal = bits<float>((twice >> 17) | (126u << 23)) - 0.5f;
+    const uint32_t size = twice < (1u << 27) ? bits<uint32_t>(subnormal) : bits<uint32_t>(normal);
+    return bits<float>((w & 0x80000000u) | size);
+  }
+  static Storage narrow(Acc x) {
+    const uint32_t w = bits<uint32_t>(x);
+    const uint32_t twice = w + w;
+    uint32_t bias = twice & 0xff000000u;
+    bias = bias < 0x71000000u ? 0x71000000u : bias;
+    const float base =
+        bits<float>((bias >> 1) + 0x07800000u) + (__builtin_fabsf(x) * 0x1p112f) * 0x1p-110f;
+    const uint32_t u = bits<uint32_t>(base);
+    const uint32_t size = twice > 0xff000000u ? 0x7e00u : ((u >> 13) & 0x7c00u) + (u & 0x0fffu);
+    return static_cast<uint16_t>(((w & 0x80000000u) >> 16) | size);
+  }
+};
+
+struct F16Stochastic : F16 {
+  static Storage narrow(Acc x, uint32_t random) { return F16::narrow(on_grid(x, random)); }
+  // x rounded at random to a float that half precision holds exactly.
+  static Acc on_grid(Acc x, uint32_t random) {
+    const uint32_t u = bits<uint32_t>(x);
+    const float size = __builtin_fabsf(x);
+    const float normal = bits<float>((u + (random & 0x1fffu)) & ~0x1fffu);
+    // Subnormal results lie on a fixed grid of 2^-24.
+    const bool small = size < 0x1p-14f;
+    const float units =
+        select(small, size, 0.0f) * 0x1p24f + static_cast<float>(random >> 8) * 0x1p-24f;
+    const float grid = static_cast<float>(static_cast<int32_t>(units));
+    const float subnormal = __builtin_copysignf(grid * 0x1p-24f, x);
+    return select((u & 0x7f800000u) == 0x7f800000u, x, select(small, subnormal, normal));
+  }
+};
+
+#if defined(__F16C__)
+// Where the CPU converts half precision itself, a block is widened first, moved as floats and
+// narrowed after.
+void widen_halves(uint32_t* to, const uint16_t* from, int n) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + i), _mm256_cvtph_ps(halves));
+  }
+  for (; i < n; ++i) to[i] = bits<uint32_t>(F16::widen(from[i]));
+}
+
+void narrow_halves(uint16_t* to, const uint32_t* from, int n) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 floats = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(floats, _MM_FROUND_TO_NEAREST_INT));
+  }
+  for (; i < n; ++i) to[i] = F16::narrow(bits<float>(from[i]));
+}
+
+struct WidenedF16 : F32 {
+  static Storage narrow(Acc x) { return F32::narrow(x); }
+  static Storage narrow(Acc x, uint32_t random) {
+    return F32::narrow(F16Stochastic::on_grid(x, random));
+  }
+};
+#endif
+
+template <class, class>
+constexpr bool same = false;
+template <class T>
+constexpr bool same<T, T> = true;
+
+// ---- random bits ----
+
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Entry e of a
+// tensor takes word (e % 1024) / 256 of counter (e / 1024) * 256 + e % 256.
+void philox(uint32_t out[kPerturbBlock], uint64_t seed, uint32_t tensor, uint64_t block) {
+  constexpr int kCounters = kPerturbBlock / 4;
+  for (int i = 0; i < kCounters; ++i) {
+    const uint64_t counter = block * kCounters + i;
+    uint32_t c0 = static_cast<uint32_t>(counter);
+    uint32_t c1 = static_cast<uint32_t>(counter >> 32);
+    uint32_t c2 = tensor;
+    uint32_t c3 = 0;
+    uint32_t k0 = static_cast<uint32_t>(seed);
+    uint32_t k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t p0 = uint64_t{0xD2511F53u} * c0;
+      const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+      c1 = static_cast<uint32_t>(p1);
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+      c3 = static_cast<uint32_t>(p0);
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    out[i] = c0;
+    out[kCounters + i] = c1;
+    out[2 * kCounters + i] = c2;
+    out[3 * kCounters + i] = c3;
+  }
+}
+
+// ---- loops ----
+
+void copy(void* to, const void* from, int64_t bytes, bool stream) {
+#if defined(__x86_64__)
+  // Stores that bypass the caches spare reading the destination first, a fifth of a perturbation's
+  // traffic.
+  if (stream && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    auto* out = static_cast<__m128i*>(to);
+    const auto* in = static_cast<const __m128i*>(from);
+    const int64_t vectors = bytes / 16;
+    for (int64_t i = 0; i < vectors; ++i) _mm_stream_si128(out + i, _mm_loadu_si128(in + i));
+    __builtin_memcpy(out + vectors, in + vectors, bytes - vectors * 16);
+    return;
+  }
+#endif
+  (void)stream;
+  __builtin_memmove(to, from, bytes);
+}
+
+void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// One block: theta is rewritten, its old bits go to `old`. Direction is the storage type of g. The
+// counts are kept in integers as wide as the entries they count, so that they cost little.
+template <class Type, class Direction, bool kStochastic>
+inline void move_block(typename Type::Storage* __restrict theta,
+                       const typename Direction::Storage* __restrict g,
+                       typename Type::Storage* __restrict old, const uint32_t* __restrict random,
+                       typename Type::Acc epsilon, int n, PerturbCounts& counts) {
+  using Acc = typename Type::Acc;
+  using Bits = typename Direction::Storage;
+  constexpr Bits kSize = static_cast<Bits>(~Bits{0}) >> 1;  // all but the sign
+  static_assert(kPerturbBlock <= 0xffff);
+  typename Type::Storage moved = 0;
+  Bits nonzero = 0, largest = 0;
+  for (int i = 0; i < n; ++i) {
+    const auto before = theta[i];
+    const Acc step = static_cast<Acc>(Direction::widen(g[i])) * epsilon;
+    typename Type::Storage after;
+    if constexpr (kStochastic) {
+      after = Type::narrow(Type::widen(before) - step, random[i]);
+    } else {
+      after = Type::narrow(Type::widen(before) - step);
+    }
+    old[i] = before;
+    theta[i] = after;
+    moved += after != before;
+    const Bits size = g[i] & kSize;
+    nonzero += size != 0;
+    largest = size > largest ? size : largest;
+  }
+  counts.nonzero += nonzero;
+  counts.moved += moved;
+  counts.nonfinite |= largest >= Direction::kInfinity;
+}
+
+template <class Type, class Direction, bool kStochastic>
+void move(typename Type::Storage* theta, const typename Direction::Storage* g,
+          typename Type::Storage* old, const uint32_t* random, typename Type::Acc epsilon, int n,
+          PerturbCounts& counts) {
+#if defined(__F16C__)
+  alignas(64) uint32_t buffer[2][kPerturbBlock];
+  if constexpr (same<Direction, F16>) {
+    widen_halves(buffer[0], g, n);
+    return move<Type, F32, kStochastic>(theta, buffer[0], old, random, epsilon, n, counts);
+  } else if constexpr (same<Type, F16> || same<Type, F16Stochastic>) {
+    PerturbCounts as_floats{0, 0, false};
+    widen_halves(buffer[0], theta, n);
+    __builtin_memcpy(old, theta, n * sizeof(*old));
+    move_block<WidenedF16, Direction, kStochastic>(buffer[0], g, buffer[1], random, epsilon, n,
+                                                   as_floats);
+    narrow_halves(theta, buffer[0], n);
+    uint16_t moved = 0;
+    for (int i = 0; i < n; ++i) moved += theta[i] != old[i];
+    counts.moved += moved;
+    counts.nonzero += as_floats.nonzero;
+    counts.nonfinite |= as_floats.nonfinite;
+    return;
+  }
+#endif
+  move_block<Type, Direction, kStochastic>(theta, g, old, random, epsilon, n, counts);
+}
+
+template <class Type, class Direction, bool kStochastic>
+PerturbCounts run(const PerturbRun& call, const PerturbOptions& options) {
+  using Storage = typename Type::Storage;
+  alignas(64) Storage old[kPerturbBlock];
+  alignas(64) uint32_t random[kStochastic ? kPerturbBlock : 1];
+  const auto epsilon = static_cast<typename Type::Acc>(options.epsilon);
+  PerturbCounts counts{0, 0, false};
+  for (int64_t start = 0; start < call.size; start += kPerturbBlock) {
+    const int n =
+        static_cast<int>(call.size - start < kPerturbBlock ? call.size - start : kPerturbBlock);
+    if constexpr (kStochastic) {
+      philox(random, options.seed, call.tensor, (call.offset + start) / kPerturbBlock);
+    }
+    move<Type, Direction, kStochastic>(
+        static_cast<Storage*>(call.theta) + start,
+        static_cast<const typename Direction::Storage*>(call.direction) + start, old, random,
+        epsilon, n, counts);
+    copy(static_cast<Storage*>(call.saved) + start, old, n * int64_t{sizeof(Storage)},
+         options.stream);
+  }
+  finish_streaming();
+  return counts;
+}
+
+template <class Type, bool kStochastic>
+PerturbCounts run_on(const PerturbRun& call, const PerturbOptions& options) {
+  switch (call.direction_type) {
+    case Float::f32:
+      return run<Type, F32, kStochastic>(call, options);
+    case Float::bf16:
+      return run<Type, BF16, kStochastic>(call, options);
+    case Float::f16:
+      return run<Type, F16, kStochastic>(call, options);
+    case Float::f64:
+      return run<Type, F64, kStochastic>(call, options);
+  }
+  __builtin_unreachable();
+}
+
+}  // namespace
+
+PerturbCounts perturb_run(const PerturbRun& call, const PerturbOptions& options) {
+  const bool stochastic = options.stochastic;
+  switch (call.theta_type) {
+    case Float::f32:
+      return stochastic ? run_on<F32Stochastic, true>(call, options)
+                        : run_on<F32, false>(call, options);
+    case Float::bf16:
+      return stochastic ? run_on<BF16Stochastic, true>(call, options)
+                        : run_on<BF16, false>(call, options);
+    case Float::f16:
+      return stochastic ? run_on<F16Stochastic, true>(call, options)
+                        : run_on<F16, false>(call, options);
+    case Float::f64:
+      return run_on<F64, false>(call, options);
+  }
+  __builtin_unreachable();
+}
+
+void copy_bytes(void* to, const void* from, int64_t bytes, bool stream) {
+  copy(to, from, bytes, stream);
+  finish_streaming();
+}
+
+}  // namespace vcore::VCORE_ISA
