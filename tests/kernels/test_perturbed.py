@@ -3,8 +3,6 @@
 import gc
 import importlib
 import math
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -445,28 +443,22 @@ def test_random_bits_differ_between_tensors_and_blocks(backend):
     assert agreement.abs().max() < 5 / math.sqrt(1024)
 
 
-_THREADS = """
-import sys, torch, vcore_kernels as vk
-torch.set_num_threads(int(sys.argv[1]))
-params = [torch.ones(300_001, dtype=torch.bfloat16), torch.ones(70_000)]
-generator = torch.Generator().manual_seed(5)
-vk.perturb_(params, [torch.ones_like(p) for p in params], 1e-3, rounding="stochastic", generator=generator)
-print([hash(p.view(torch.int16).numpy().tobytes()) for p in params])
-"""
+def test_result_does_not_depend_on_the_number_of_threads(backend):
+    def draw(threads):
+        torch.set_num_threads(threads)
+        params = [torch.ones(300_001, dtype=torch.bfloat16), torch.ones(70_000)]
+        generator = torch.Generator().manual_seed(5)
+        direction = [torch.ones_like(p) for p in params]
+        options = {"rounding": "stochastic", "generator": generator, "backend": backend}
+        with perturbed(params, direction, 1e-3, **options):
+            return [bits(p) for p in params]
 
-
-def test_result_does_not_depend_on_the_number_of_threads():
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", _THREADS, threads],
-            check=True,
-            capture_output=True,
-            text=True,
-            env={"PYTHONHASHSEED": "0", "PYTHONPATH": ":".join(sys.path)},
-        ).stdout
-        for threads in ("1", "3")
-    }
-    assert len(outputs) == 1
+    threads = torch.get_num_threads()
+    try:
+        for one, three in zip(draw(1), draw(3), strict=True):
+            assert torch.equal(one, three)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---- warnings and errors ----
