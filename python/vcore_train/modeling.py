@@ -1,17 +1,19 @@
-"""How a Hugging Face causal language model is put together: decoder, head, parameters, probing mode.
+"""How a Hugging Face causal language model is put together: decoder, head, parameters, probing.
 
-The one module that knows it. Everything else sees hidden states [B, T, H], a :class:`Head` and named
-parameters. Models may be plain or PEFT-wrapped; unwrap DDP and torch.compile first (Accelerate's
-``unwrap_model`` does both).
+The one module that knows it. Everything else sees hidden states [B, T, H], a :class:`Head` and
+named parameters. Models may be plain or PEFT-wrapped; unwrap DDP and torch.compile first
+(Accelerate's ``unwrap_model`` does both).
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
+import torch.utils.checkpoint
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,9 +27,10 @@ IGNORE_INDEX = -100
 # Keys of a batch that are for the loss or set here, never for the decoder.
 _NOT_FOR_DECODER = frozenset({"labels", "num_items_in_batch", "use_cache", "return_dict"})
 
-# Where architectures keep the factor on their logits: (config attribute, model types, factor from value).
-# One name does not mean one thing: Granite divides by logits_scaling, HyperCLOVA X multiplies by it,
-# MPT's logit_scale is not used at all. :func:`verify_head` catches what this table does not know.
+# Where architectures keep the factor on their logits: (config attribute, model types, factor from
+# value). One name does not mean one thing: Granite divides by logits_scaling, HyperCLOVA X
+# multiplies by it, MPT's logit_scale is not used at all. :func:`verify_head` catches what this
+# table does not know.
 _LOGIT_SCALES = (
     ("logit_scale", ("cohere",), lambda value: value),
     ("logits_scaling", ("granite", "minicpm3"), lambda value: 1.0 / value),
@@ -41,7 +44,7 @@ _LOGIT_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_s
 
 @dataclass(frozen=True)
 class Head:
-    """Logits are ``softcap(scale * (hidden @ weight.T + bias))``, with :func:`hidden_states` as input."""
+    """Logits are ``softcap(scale * (hidden @ weight.T + bias))``; hidden: :func:`hidden_states`."""
 
     weight: Tensor  # [V, H], or [V, H + r] where a LoRA adapter of rank r sits on the head
     bias: Tensor | None = None  # [V]
@@ -56,20 +59,21 @@ class Head:
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside ``model``, which may be PEFT-wrapped.
 
-    Raises TypeError for anything else, and ValueError for encoder-decoder models and for PEFT methods that
-    change the inputs (prompt and prefix tuning) rather than layers.
+    Raises TypeError for anything else, and ValueError for encoder-decoder models and for PEFT
+    methods that change the inputs (prompt and prefix tuning) rather than layers.
     """
     if isinstance(model, PeftModel):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
-                f"{model.active_peft_config.peft_type} adapters change the model's inputs, which a pass "
-                "through the decoder alone does not see. Use LoRA or another adapter that lives in layers."
+                f"{model.active_peft_config.peft_type} adapters change the model's inputs, which a "
+                "pass through the decoder alone does not see. Use LoRA or another adapter that lives "
+                "in layers."
             )
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"expected a transformers PreTrainedModel or a PeftModel around one, got {type(model).__name__}. "
-            "Unwrap DDP first (accelerator.unwrap_model)."
+            "expected a transformers PreTrainedModel or a PeftModel around one, got "
+            f"{type(model).__name__}. Unwrap DDP first (accelerator.unwrap_model)."
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; expected a causal LM.")
@@ -82,7 +86,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     decoder = lm.get_decoder()
     if decoder is lm or lm.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(lm).__name__} has no output head beside its decoder. Load it with AutoModelForCausalLM."
+            f"{type(lm).__name__} has no output head beside its decoder. Load it with "
+            "AutoModelForCausalLM."
         )
     return decoder
 
@@ -95,14 +100,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """What the head reads: the decoder's last hidden states [B, T, H]. The head itself is not run.
 
-    ``inputs`` is a batch as a data collator makes it. ``labels`` and ``num_items_in_batch`` are left out,
-    everything else (attention_mask, position_ids, ``cu_seq_lens_q`` and its kin) reaches the decoder. A
-    packed batch without position_ids gets them from ``cu_seq_lens_q``, so that every attention
-    implementation keeps its segments apart.
+    ``inputs`` is a batch as a data collator makes it. ``labels`` and ``num_items_in_batch`` are
+    left out, everything else (attention_mask, position_ids, ``cu_seq_lens_q`` and its kin) reaches
+    the decoder. A packed batch without position_ids gets them from ``cu_seq_lens_q``, so that every
+    attention implementation keeps its segments apart.
 
-    With a LoRA adapter on the head, r more columns ``scaling * A(dropout(h))`` follow; the columns of
-    ``head_of(model).weight`` match. So an adapter is exact here, also where rounding
-    ``W + scaling * B @ A`` to W's precision would lose it.
+    With a LoRA adapter on the head, r more columns ``scaling * A(dropout(h))`` follow; the columns
+    of ``head_of(model).weight`` match. So an adapter is exact here, also where rounding ``W +
+    scaling * B @ A`` to W's precision would lose it.
     """
     kwargs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_DECODER}
     if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("position_ids") is None:
@@ -119,9 +124,9 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 def head_of(model: nn.Module) -> Head:
     """The output head: weight, bias, and how the architecture scales and soft-caps its logits.
 
-    A LoRA adapter on the head is part of it (see :func:`hidden_states`), and so are weights that PEFT keeps
-    in ``modules_to_save`` or ``trainable_token_indices``. Raises ValueError for a head that is not a plain
-    linear layer: quantised, or with an adapter other than LoRA.
+    A LoRA adapter on the head is part of it (see :func:`hidden_states`), and so are weights that
+    PEFT keeps in ``modules_to_save`` or ``trainable_token_indices``. Raises ValueError for a head
+    that is not a plain linear layer: quantised, or with an adapter other than LoRA.
     """
     lm = causal_lm(model)
     module = lm.get_output_embeddings()
@@ -130,17 +135,16 @@ def head_of(model: nn.Module) -> Head:
             f"{type(lm).__name__} has no output head (get_output_embeddings() is None)."
         )
     adapters = list(_head_adapters(model))
-    base = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight, bias = base.weight, getattr(base, "bias", None)
     if not weight.is_floating_point():
         raise ValueError(
-            f"the head's weight is {weight.dtype} (quantised), and its losses need a floating-point matrix. "
-            "Keep lm_head out of the quantisation (llm_int8_skip_modules=['lm_head'])."
+            f"the head's weight is {weight.dtype} (quantised), and its losses need a floating-point "
+            "matrix. Keep lm_head out of the quantisation (llm_int8_skip_modules=['lm_head'])."
         )
     if adapters:
-        weight = torch.cat(
-            [weight, *(layer.lora_B[adapter].weight for layer, adapter in adapters)], dim=-1
-        )
+        columns: list[Any] = [layer.lora_B[adapter].weight for layer, adapter in adapters]
+        weight = torch.cat([weight, *columns], dim=-1)
     for layer, adapter in adapters:
         lora_bias = layer.lora_B[adapter].bias
         if lora_bias is not None:
@@ -151,10 +155,10 @@ def head_of(model: nn.Module) -> Head:
 
 
 def token_nll(model: nn.Module, inputs: Mapping[str, Any], *, backend: str = "auto") -> Tensor:
-    """Negative log-likelihood of every label in nats, fp32, shaped and aligned like ``inputs["labels"]``.
+    """Negative log-likelihood of every label in nats, fp32, aligned with ``inputs["labels"]``.
 
-    0 where not supervised, at t = 0 and at the first token of each packed segment. The logits are never
-    stored. Differentiable in both modes.
+    0 where not supervised, at t = 0 and at the first token of each packed segment. The logits are
+    never stored. Differentiable in both modes.
     """
     head = head_of(model)
     return linear_nll(
@@ -171,13 +175,13 @@ def token_nll(model: nn.Module, inputs: Mapping[str, Any], *, backend: str = "au
 def supervised_labels(inputs: Mapping[str, Any]) -> Tensor:
     """``inputs["labels"]`` [B, T] with -100 at every token that nothing precedes.
 
-    These are t = 0 of each row and, in a packed batch, the first token of each segment. The number of
-    supervised tokens is what is left. Raises ValueError where the batch has no labels.
+    These are t = 0 of each row and, in a packed batch, the first token of each segment. The number
+    of supervised tokens is what is left. Raises ValueError where the batch has no labels.
     """
     if inputs.get("labels") is None:
         raise ValueError(
-            f"the batch has no labels (keys: {', '.join(sorted(inputs))}). Add `labels`, int64, shaped like "
-            "input_ids, with -100 at tokens that are not supervised."
+            f"the batch has no labels (keys: {', '.join(sorted(inputs))}). Add `labels`, int64, "
+            "shaped like input_ids, with -100 at tokens that are not supervised."
         )
     labels = inputs["labels"].clone()
     labels[..., 0] = IGNORE_INDEX
@@ -197,14 +201,16 @@ def probing(
 ) -> Iterator[None]:
     """The model as a probe needs it; on leaving, by an exception too, everything is as before.
 
-    Inside: dropout off (every module in eval mode), ``attention`` as attention implementation whatever the
-    model was loaded with, experts eager (grouped GEMMs have no forward derivative), gradient checkpointing
-    off unless ``checkpointing``, and autocast does not cache casts: a cast made without a graph, or of a
-    perturbed weight, must not serve a later pass. Restored: each module's training flag, all
-    configurations, the random number generators' states. ``requires_grad`` is not touched.
+    Inside: dropout off (every module in eval mode), ``attention`` as attention implementation
+    whatever the model was loaded with, experts eager (grouped GEMMs have no forward derivative),
+    gradient checkpointing off unless ``checkpointing``, and autocast does not cache casts: a cast
+    made without a graph, or of a perturbed weight, must not serve a later pass. Restored: each
+    module's training flag, all configurations, the random number generators' states.
+    ``requires_grad`` is not touched.
 
     Args:
-        attention: implementation to switch to. None leaves attention and experts as they are, which is
+        attention: implementation to switch to. None leaves attention and experts as they are, which
+        is
             right wherever no forward-mode derivative is taken.
         checkpointing: keep gradient checkpointing where it is on, with dropout off all the same.
 
@@ -233,8 +239,9 @@ _verified: WeakSet[nn.Module] = WeakSet()
 def verify_head(model: nn.Module) -> None:
     """Compares this module's picture of ``model`` with the model's own logits, once per model.
 
-    An architecture may scale its logits, or transform its hidden states, in a way that :func:`head_of`
-    does not know. Silently wrong losses would follow, so they are compared on four tokens.
+    An architecture may scale its logits, or transform its hidden states, in a way that
+    :func:`head_of` does not know. Silently wrong losses would follow, so they are compared on four
+    tokens.
 
     Raises:
         ValueError: they differ, with by how much.
@@ -242,7 +249,7 @@ def verify_head(model: nn.Module) -> None:
     if model in _verified:
         return
     lm, head = causal_lm(model), head_of(model)
-    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    vocabulary = lm.config.get_text_config().vocab_size
     input_ids = (torch.arange(4, device=head.weight.device) % vocabulary)[None]
     with torch.no_grad(), probing(model):
         expected = lm(input_ids=input_ids, use_cache=False).logits.float()
@@ -263,8 +270,9 @@ def verify_head(model: nn.Module) -> None:
             f"relative difference {error:.3g}" if agree else f"{logits.shape} and {expected.shape}"
         )
         raise ValueError(
-            f"{type(lm).__name__} does not form its logits as softcap(scale * (hidden @ weight.T + bias)) with "
-            f"scale={head.scale}, softcap={head.softcap} from its configuration ({what}). "
+            f"{type(lm).__name__} does not form its logits as "
+            f"softcap(scale * (hidden @ weight.T + bias)) with scale={head.scale}, "
+            f"softcap={head.softcap} from its configuration ({what}). "
             "This architecture is not supported; its rule belongs in vcore_train/modeling.py."
         )
     _verified.add(model)
@@ -277,15 +285,15 @@ def _head_adapters(model: nn.Module) -> Iterator[tuple[LoraLinear, str]]:
         return
     if not isinstance(layer, LoraLinear) or layer.fan_in_fan_out:
         raise ValueError(
-            f"the head carries an adapter of type {type(layer).__module__}.{type(layer).__name__}. On the head "
-            "only plain LoRA over a linear layer that is not quantised is supported: leave lm_head out of "
-            "target_modules, or train it whole with modules_to_save=['lm_head']."
+            f"the head carries an adapter of type {type(layer).__module__}.{type(layer).__name__}. "
+            "On the head only plain LoRA over a linear layer that is not quantised is supported: "
+            "leave lm_head out of target_modules, or train it whole with modules_to_save=['lm_head']."
         )
     for adapter in layer.active_adapters:
         if adapter in layer.lora_variant:
             raise ValueError(
-                f"adapter {adapter!r} on the head is a LoRA variant (DoRA, aLoRA, ...). On the head only plain "
-                "LoRA is supported: leave lm_head out of target_modules."
+                f"adapter {adapter!r} on the head is a LoRA variant (DoRA, aLoRA, ...). On the head "
+                "only plain LoRA is supported: leave lm_head out of target_modules."
             )
         if adapter in layer.lora_A:
             yield layer, adapter
@@ -320,7 +328,7 @@ def _restored_configs(lm: PreTrainedModel) -> Iterator[None]:
     """Puts attention and experts implementations of every configuration in ``lm`` back."""
     names = ("_attn_implementation_internal", "_experts_implementation_internal")
     configs: dict[int, Any] = {}
-    pending = [m.config for m in lm.modules() if isinstance(m, PreTrainedModel)]
+    pending: list[Any] = [m.config for m in lm.modules() if isinstance(m, PreTrainedModel)]
     while pending:
         config = pending.pop()
         if config is not None and id(config) not in configs:
@@ -352,29 +360,34 @@ def _switch_attention(lm: PreTrainedModel, attention: str) -> None:
 def _eval_mode(model: nn.Module, checkpointing: bool) -> Iterator[None]:
     """Every module in eval mode, each module's own flag restored.
 
-    A checkpointed layer checkpoints only while it is training itself: with ``checkpointing`` it stays so,
-    and its own dropout rates (its children's do not matter, they are in eval mode) are 0 meanwhile.
+    A layer checkpoints only while it is training itself: with ``checkpointing`` it stays so. Its
+    own dropout rates are 0 meanwhile (its children are in eval mode), and its checkpoints are not
+    reentrant, which is the kind that torch.autograd.grad can go through.
     """
     modules = list(model.modules())
     flags = [m.training for m in modules]
-    rates: list[tuple[nn.Module, str, float]] = []
+    replaced: list[tuple[nn.Module, str, Any]] = []
+
+    def replace(module: nn.Module, name: str, value: Any) -> None:
+        replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
     try:
         for module in modules:
             module.training = False
-            if (
-                checkpointing
-                and isinstance(module, GradientCheckpointingLayer)
-                and module.gradient_checkpointing
-            ):
+            layer = isinstance(module, GradientCheckpointingLayer)
+            if checkpointing and layer and module.gradient_checkpointing:
                 module.training = True
-                for name, value in vars(module).items():
+                checkpoint = module._gradient_checkpointing_func
+                if getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+                    plain = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+                    replace(module, "_gradient_checkpointing_func", plain)
+                for name, value in list(vars(module).items()):
                     if "dropout" in name and isinstance(value, float):
-                        rates.append((module, name, value))
-        for module, name, _ in rates:
-            setattr(module, name, 0.0)
+                        replace(module, name, 0.0)
         yield
     finally:
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
-        for module, name, value in rates:
+        for module, name, value in replaced:
             setattr(module, name, value)

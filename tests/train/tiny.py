@@ -60,7 +60,7 @@ def with_lora(model, *, seed=0, targets=("q_proj", "v_proj", "down_proj"), **opt
 
 
 def padded_batch(lengths=(9, 5, 7), *, prompt=2, side="right", seed=0, vocabulary=VOCABULARY):
-    """Sequences of ``lengths`` tokens padded on ``side``; the first ``prompt`` tokens are not supervised."""
+    """Sequences of ``lengths`` tokens padded on ``side``, supervised after ``prompt`` tokens."""
     generator = torch.Generator().manual_seed(seed)
     shape = len(lengths), max(lengths)
     input_ids = torch.zeros(shape, dtype=torch.int64)

@@ -1,0 +1,473 @@
+"""How well each token's gradient agrees with a descent direction: ``s_t = <g, grad l_t(theta)>``.
+
+Positive: a step against g lowers this token's loss. The paper (VCORE, arXiv 2510.27462) estimates
+s_t by a finite difference of two forward passes; in 16-bit precision that measures rounding. The
+default is a forward-mode derivative: one pass that carries values and tangents together, without a
+graph.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from vcore_kernels import linear_nll_jvp, linear_nll_pair
+from vcore_kernels.perturbed import NonFiniteDirectionError, perturbed
+from vcore_train.modeling import (
+    IGNORE_INDEX,
+    Head,
+    causal_lm,
+    head_of,
+    hidden_states,
+    probing,
+    supervised_labels,
+    verify_head,
+)
+
+logger = logging.getLogger("vcore_train")
+Method = Literal["jvp", "central", "finite_difference"]
+
+
+class ForwardDerivativeError(RuntimeError):
+    """Something in the model has no forward-mode derivative; the message names it and the mend."""
+
+
+class TokenUtilities(NamedTuple):
+    """Both shaped and aligned like the labels, fp32 (float64 for a float64 model)."""
+
+    utility: Tensor  # [B, T], 0 where not supervised
+    nll: Tensor  # [B, T] in nats, without dropout, 0 where not supervised
+    epsilon: float | None = None  # the step that a difference took
+
+
+def token_utilities(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    direction: Mapping[str, Tensor],
+    *,
+    method: Method = "jvp",
+    epsilon: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The utility ``s_t = <g, grad l_t>`` of every supervised token.
+
+    Dropout is off, the random number generators, training flags and the attention implementation
+    are as before on return, parameters bit for bit. Autocast is the caller's: inside
+    ``torch.autocast`` the probe computes as the training pass does.
+
+    Args:
+        model: a causal LM of transformers, plain or PEFT-wrapped.
+        inputs: a batch with ``labels`` [B, T], padded on either side or packed (``cu_seq_lens_q``
+        or
+            restarting ``position_ids``).
+        direction: g by parameter name, as :func:`vcore_train.descent_direction` returns it.
+        Parameters
+            that it leaves out do not move. Tied parameters appear under one name.
+        method: "jvp", a forward-mode derivative, exact up to the precision of the pass.
+            "finite_difference", the paper's ``(l(theta) - l(theta - eps*g)) / eps``, and "central",
+            ``(l(theta + eps*g) - l(theta - eps*g)) / (2*eps)``, are for comparison, and for models
+            without a forward derivative: in bf16 they are far less exact.
+        epsilon: step of the two differences, in units of theta / g. None searches one that changes
+        the
+            losses by some square root (cube root for "central") of the precision in use, for one to
+            three more passes.
+        backend: of the head operators of vcore_kernels.
+
+    Returns:
+        Utilities [B, T] in nats per unit of g, fp32, aligned with ``inputs["labels"]``, 0 where not
+        supervised.
+
+    Raises:
+        ValueError: direction that is empty or does not match the model, epsilon <= 0, no labels,
+        unknown
+            method, quantised parameters in the direction.
+        NonFiniteDirectionError: NaN or infinity in the direction (a ValueError).
+        ForwardDerivativeError: a part of the model that "jvp" cannot differentiate.
+    """
+    return token_utilities_and_nll(
+        model, inputs, direction, method=method, epsilon=epsilon, backend=backend
+    ).utility
+
+
+def token_utilities_and_nll(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    direction: Mapping[str, Tensor],
+    *,
+    method: Method = "jvp",
+    epsilon: float | None = None,
+    backend: str = "auto",
+) -> TokenUtilities:
+    """:func:`token_utilities` with the losses of the same pass, which cost nothing more.
+
+    The losses are at theta for "jvp" and "finite_difference"; for "central" the mean of both
+    points, which differs from them by a term in ``epsilon**2``.
+    """
+    if method not in _METHODS:
+        raise ValueError(
+            f"token_utilities: unknown method {method!r}, expected one of {', '.join(_METHODS)}."
+        )
+    if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(
+            f"token_utilities: epsilon must be positive and finite, got {epsilon}. None chooses it."
+        )
+    labels = supervised_labels(inputs)
+    probed = match_direction(model, direction)
+    verify_head(model)
+    with torch.no_grad():
+        return _METHODS[method](model, inputs, labels, probed, epsilon, backend)
+
+
+class Probed(NamedTuple):
+    """A parameter and its direction, of the same shape, on the same device."""
+
+    parameter: nn.Parameter
+    direction: Tensor
+
+
+def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[str, Probed]:
+    """``direction`` beside the parameters it moves, by name.
+
+    Raises ValueError for an empty direction, names or shapes that the model does not have, a tied
+    parameter under two names and quantised parameters; NonFiniteDirectionError with the count of
+    NaN and inf entries.
+    """
+    if not direction:
+        raise ValueError(
+            "token_utilities: the direction is empty. descent_direction(model, batches) makes one; the model "
+            "must have parameters with requires_grad."
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for name in direction if name not in parameters]
+    if unknown:
+        raise ValueError(
+            f"token_utilities: {_some(unknown)} in the direction are no parameters of "
+            f"{type(model).__name__}, whose names are like {next(iter(parameters))!r}. Make the direction "
+            "with the model in the same wrapping (PEFT, DDP, torch.compile each add a prefix)."
+        )
+    wrong = [
+        f"{name}: {list(g.shape)} for {list(parameters[name].shape)}"
+        for name, g in direction.items()
+        if g.shape != parameters[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"token_utilities: shapes in the direction differ from the model's: {_some(wrong)}. Make the "
+            "direction again after resizing the vocabulary or changing the adapter's rank."
+        )
+    quantised = [name for name in direction if not parameters[name].is_floating_point()]
+    if quantised:
+        raise ValueError(
+            f"token_utilities: {_some(quantised)} are quantised ({parameters[quantised[0]].dtype}) and cannot "
+            "move. Probe the LoRA adapters over them: leave every quantised weight out of the direction."
+        )
+    names: dict[nn.Parameter, str] = {}
+    for name in direction:
+        twin = names.setdefault(parameters[name], name)
+        if twin != name:
+            raise ValueError(
+                f"token_utilities: {twin} and {name} are one tied parameter. Pass it once, with the sum of "
+                "the gradients of both uses."
+            )
+    _check_finite(direction)
+    return {
+        name: Probed(parameters[name], g.detach().to(parameters[name].device))
+        for name, g in direction.items()
+    }
+
+
+# ---- forward mode ----
+
+
+class _DecoderAndHead(nn.Module):
+    """The two things that depend on parameters, so that one functional_call replaces them in both."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Head]:
+        return hidden_states(self.model, inputs), head_of(self.model)
+
+
+def _forward_mode(model, inputs, labels, probed, epsilon, backend) -> TokenUtilities:
+    if epsilon is not None:
+        raise ValueError("token_utilities: method 'jvp' takes no epsilon; it is a derivative.")
+    scale = _tangent_scale(model, probed)
+    both = _DecoderAndHead(model)
+    with probing(model), fwAD.dual_level():
+        duals = {
+            f"model.{name}": fwAD.make_dual(
+                p.parameter.detach(), (p.direction * scale).to(p.parameter.dtype)
+            )
+            for name, p in probed.items()
+        }
+        with _explained(model), _NoLostTangents():
+            hidden, head = functional_call(both, duals, (inputs,))
+        hidden, hidden_tangent = fwAD.unpack_dual(hidden)
+        weight, weight_tangent = fwAD.unpack_dual(head.weight)
+        bias, bias_tangent = (None, None) if head.bias is None else fwAD.unpack_dual(head.bias)
+    if hidden_tangent is None:
+        _check_only_head(model, probed)
+        hidden_tangent = torch.zeros_like(hidden)
+    nll, tangent = linear_nll_jvp(
+        hidden,
+        weight,
+        labels,
+        hidden_tangent,
+        weight_tangent,
+        bias=bias,
+        bias_tangent=bias_tangent,
+        softcap=head.softcap,
+        scale=head.scale,
+        ignore_index=IGNORE_INDEX,
+        shift=1,
+        backend=backend,
+    )
+    return TokenUtilities(tangent / scale, nll)
+
+
+def _tangent_scale(model: nn.Module, probed: Mapping[str, Probed]) -> float:
+    """A power of two that brings the direction's norm near 1 where float16 would let it underflow."""
+    device = next(iter(probed.values())).parameter.device.type
+    dtypes = {p.dtype for p in model.parameters()}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    norm = _norm([p.direction for p in probed.values()])
+    if torch.float16 not in dtypes or norm == 0:
+        return 1.0
+    return 2.0 ** -round(math.log2(norm))
+
+
+def _check_only_head(model: nn.Module, probed: Mapping[str, Probed]) -> None:
+    """Raises where a parameter moves that should have moved the hidden states, and they did not."""
+    of_head = set(causal_lm(model).get_output_embeddings().parameters())
+    lost = [
+        name
+        for name, p in probed.items()
+        if p.parameter not in of_head and bool(p.direction.count_nonzero())
+    ]
+    if lost:
+        raise ForwardDerivativeError(
+            f"token_utilities: {_some(lost)} have a direction, but the decoder's hidden states came out "
+            "without a tangent: something in the model detaches them, so every utility would be zero. Use "
+            "method='central', or take the detaching wrapper off."
+        )
+
+
+class _NoLostTangents(TorchFunctionMode):
+    """Raises where a custom operator takes a tangent in and gives none out.
+
+    Operators made with ``torch.library.custom_op`` do that without a word, and zero is then a wrong
+    derivative. PyTorch's own operators raise by themselves.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        custom = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and str(
+            func
+        ).split(".")[0] not in ("aten", "prims")
+        if custom:
+            floats = [t for t in torch.utils._pytree.tree_leaves(out) if _is_floating(t)]
+            given = torch.utils._pytree.tree_leaves((args, kwargs))
+            if (
+                floats
+                and any(_is_floating(t) and _has_tangent(t) for t in given)
+                and not any(_has_tangent(t) for t in floats)
+            ):
+                raise NotImplementedError(f"forward AD: operator {func} drops the tangent")
+        return out
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return fwAD.unpack_dual(tensor).tangent is not None
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Turns PyTorch's complaint about a missing derivative into one that names the module."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if not re.search(r"forward[- ](mode )?(AD|automatic)|\bjvp\b", str(error), re.IGNORECASE):
+            raise
+        names = {id(module): name for name, module in model.named_modules()}
+        where, trace = "the model", error.__traceback__
+        while trace is not None:
+            module = trace.tb_frame.f_locals.get("self")
+            if id(module) in names:
+                where = f"{names[id(module)] or 'the model'} ({type(module).__name__})"
+            trace = trace.tb_next
+        reason = str(error).splitlines()[0]
+        raise ForwardDerivativeError(
+            f"token_utilities: {where} has no forward-mode derivative: {reason} Use the PyTorch version of "
+            "it for the probe (no fused, quantised or compiled kernel), or method='central'."
+        ) from error
+
+
+# ---- differences ----
+
+
+# Without a given epsilon the step is such that the losses change by this many nats (root mean
+# square over the tokens): factor * eps ** power, eps the machine epsilon of the pass (0.044 and
+# 0.07 nats in bf16, 1.7e-4 and 1.7e-3 in fp32). The powers balance rounding, which falls with the
+# step, against the first term left out, which grows with it or with its square. The factors are
+# from a small trained Qwen3 with bf16 weights or autocast, full-parameter and LoRA, whose best
+# steps differ tenfold in epsilon and in |epsilon * g| / |theta|, but not in the change of the
+# losses.
+_TARGETS = {False: (0.5, 1 / 2), True: (0.35, 1 / 3)}  # by whether central
+_TOLERATED, _TRIES = 2.0, 4  # accepted factor around the target; passes spent on the search at most
+
+
+def _difference(
+    model, inputs, labels, probed, epsilon, backend, *, central: bool
+) -> TokenUtilities:
+    with probing(model, attention=None):
+        base = None if central else _point(model, inputs, probed, keep=True)
+
+        def measure(step: float) -> tuple[Tensor, Tensor]:
+            """Losses at the first point, and what they lose on the way to ``theta - step * g``."""
+            first = base
+            if first is None:
+                with _moved(probed, -step):
+                    first = _point(model, inputs, probed, keep=True)
+            with _moved(probed, step):
+                return _pair(first, _point(model, inputs, probed), labels, backend)
+
+        if epsilon is None:
+            epsilon, (nll, difference) = _search(model, labels, probed, measure, central)
+        else:
+            nll, difference = measure(epsilon)
+    if central:
+        return TokenUtilities(difference / (2 * epsilon), nll - difference / 2, epsilon)
+    return TokenUtilities(difference / epsilon, nll, epsilon)
+
+
+def _search(model, labels, probed, measure, central) -> tuple[float, tuple[Tensor, Tensor]]:
+    """A step that changes the losses as much as ``_TARGETS`` says, and the losses and changes there."""
+    factor, power = _TARGETS[central]
+    target = factor * _machine_epsilon(model) ** power
+    theta = _norm([p.parameter.detach() for p in probed.values()]) or 1.0
+    epsilon = 0.05 * target * theta / (_norm([p.direction for p in probed.values()]) or theta)
+    for attempt in range(1, _TRIES + 1):
+        nll, difference = measure(epsilon)
+        change = float(difference[labels != IGNORE_INDEX].square().mean().sqrt())
+        close = target / _TOLERATED <= change <= target * _TOLERATED
+        if close or change == 0 or not math.isfinite(change) or attempt == _TRIES:
+            break
+        epsilon *= min(max(target / change, 1e-3), 1e3)
+    logger.info("epsilon %.3g changes the losses by %.2g nats rms", epsilon, change)
+    return epsilon, (nll, difference)
+
+
+def _machine_epsilon(model: nn.Module) -> float:
+    """The coarsest precision of the pass: of the weights, or of autocast where it is on."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in parameters}
+    device = parameters[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+class _Point(NamedTuple):
+    """What the losses depend on at one point of parameter space."""
+
+    hidden: Tensor
+    head: Head
+    head_moves: bool
+
+
+def _point(model, inputs, probed: Mapping[str, Probed], *, keep: bool = False) -> _Point:
+    """The point where the parameters stand now; ``keep``: the head must outlast their next move."""
+    hidden, head = hidden_states(model, inputs), head_of(model)
+    of_head = set(causal_lm(model).get_output_embeddings().parameters())
+    head_moves = any(p.parameter in of_head for p in probed.values())
+    if keep and head_moves:
+        bias = None if head.bias is None else head.bias.clone()
+        head = replace(head, weight=head.weight.clone(), bias=bias)
+    return _Point(hidden, head, head_moves)
+
+
+def _pair(base: _Point, moved: _Point, labels: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Losses at ``base``, and what they lose on the way to ``moved``, formed without cancellation."""
+    return linear_nll_pair(
+        base.hidden,
+        moved.hidden,
+        base.head.weight,
+        labels,
+        moved.head.weight if base.head_moves else None,
+        bias_perturbed=moved.head.bias if base.head_moves else None,
+        ignore_index=IGNORE_INDEX,
+        shift=1,
+        backend=backend,
+        **base.head.options(),
+    )
+
+
+@contextmanager
+def _moved(probed: Mapping[str, Probed], epsilon: float) -> Iterator[None]:
+    """The parameters at ``theta - epsilon * g``, afterwards back, bit for bit; epsilon of either sign.
+
+    16-bit weights are rounded stochastically: to the nearest, most of them would not move.
+    """
+    parameters = [p.parameter for p in probed.values()]
+    directions = [p.direction for p in probed.values()]
+    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    rounding: Literal["nearest", "stochastic"] = "stochastic" if narrow else "nearest"
+    if epsilon < 0:
+        torch._foreach_neg_(directions)
+    try:
+        with perturbed(parameters, directions, abs(epsilon), rounding=rounding):
+            yield
+    finally:
+        if epsilon < 0:
+            torch._foreach_neg_(directions)
+
+
+_METHODS: dict[str, Callable[..., TokenUtilities]] = {
+    "jvp": _forward_mode,
+    "central": partial(_difference, central=True),
+    "finite_difference": partial(_difference, central=False),
+}
+
+
+# ---- small helpers ----
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    """Euclidean norm of all ``tensors`` together; one synchronisation."""
+    wide = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]
+    norms = [torch.linalg.vector_norm(t, dtype=d) for t, d in zip(tensors, wide, strict=True)]
+    return float(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).norm())
+
+
+def _check_finite(direction: Mapping[str, Tensor]) -> None:
+    if math.isfinite(_norm(list(direction.values()))):
+        return
+    counts = {name: int((~g.isfinite()).sum()) for name, g in direction.items()}
+    bad = [f"{name} ({count})" for name, count in counts.items() if count]
+    if bad:
+        raise NonFiniteDirectionError(
+            f"token_utilities: {sum(counts.values())} entries of the direction are NaN or infinite, in "
+            f"{_some(bad)}. The loss it was made from was not finite: lower the learning rate, or use bf16."
+        )
+
+
+def _some(items: list[str], most: int = 5) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -1,0 +1,314 @@
+"""descent_direction: the gradient of the uniform loss, its average, and what optimizers know of it."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from exact import double_copy, exact_nll, random_direction
+from tiny import packed_batch, padded_batch, tiny_model, with_lora
+from vcore_train.directions import EmaDirection, descent_direction, uniform_gradient
+from vcore_train.modeling import supervised_labels, token_nll, trainable_parameters
+from vcore_train.utilities import token_utilities
+
+from vcore_kernels.perturbed import NonFiniteDirectionError
+
+
+def batches():
+    return [padded_batch((9, 5, 7), side="left"), padded_batch((4,), seed=1), packed_batch((6, 8))]
+
+
+def exact_gradient(model, batches):
+    """Gradient of the mean over all supervised tokens, in float64 from the model's own logits."""
+    double = double_copy(model)
+    total = sum(exact_nll(double, batch).sum() for batch in batches)
+    tokens = sum(int((supervised_labels(batch) != -100).sum()) for batch in batches)
+    parameters = trainable_parameters(double)
+    gradients = torch.autograd.grad(total / tokens, list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def assert_close(got, want, **tolerances):
+    assert got.keys() == want.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(
+            tensor.double(),
+            want[name].double(),
+            msg=lambda text, name=name: f"{name}: {text}",
+            **tolerances,
+        )
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("model_type", ["qwen3", "llama", "gemma2"])
+def test_probe_is_the_gradient_of_the_uniform_loss(model_type, lora, reentrant):
+    model = tiny_model(model_type)
+    if lora:
+        model = with_lora(model, targets=("q_proj", "down_proj"), lora_dropout=0.5)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
+    exact = exact_gradient(model, batches())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+    rng = torch.get_rng_state()
+    direction = descent_direction(model, batches())
+    assert_close(direction, exact, rtol=1e-4, atol=1e-5)
+    assert all(bool((p.grad == 7.0).all()) for p in model.parameters())
+    assert all(m.training for m in model.modules())
+    assert torch.equal(rng, torch.get_rng_state())
+    assert not any(g.requires_grad for g in direction.values())
+
+
+def test_a_step_against_the_direction_descends_and_utilities_say_so():
+    model, batch = tiny_model("qwen3"), padded_batch()
+    direction = descent_direction(model, batch)
+    before = token_nll(model, batch).sum()
+    utility = token_utilities(model, batch, direction)
+    tokens = int((supervised_labels(batch) != -100).sum())
+    norm = sum(float(g.square().sum()) for g in direction.values())
+    torch.testing.assert_close(float(utility.sum()) / tokens, norm, rtol=1e-4, atol=0.0)
+    with torch.no_grad():
+        for name, p in trainable_parameters(model).items():
+            p -= 1e-3 * direction[name]
+    assert token_nll(model, batch).sum() < before
+
+
+def test_batches_without_supervised_tokens():
+    model, batch = tiny_model("qwen3"), padded_batch()
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    only_first = {**empty, "labels": empty["labels"].clone()}
+    only_first["labels"][:, 0] = 5
+    assert_close(
+        descent_direction(model, [batch, empty, only_first]), descent_direction(model, batch)
+    )
+    with pytest.raises(ValueError, match="none of the 2 batches has a supervised token"):
+        descent_direction(model, [empty, only_first])
+    with pytest.raises(ValueError, match="none of the 0 batches"):
+        descent_direction(model, [])
+    with pytest.raises(ValueError, match="no parameter with requires_grad"):
+        descent_direction(model.requires_grad_(False), batch)
+
+
+def test_clipping_and_num_items():
+    model, batch = tiny_model("qwen3"), padded_batch()
+    plain = descent_direction(model, batch)
+    norm = torch.nn.utils.get_total_norm(plain.values())
+    clipped = descent_direction(model, batch, max_norm=0.1)
+    assert_close(clipped, {n: g * 0.1 / norm for n, g in plain.items()})
+    assert_close(descent_direction(model, batch, max_norm=1e6), plain)
+    tokens = int((supervised_labels(batch) != -100).sum())
+    assert_close(
+        uniform_gradient(model, batch, num_items=2 * tokens), {n: g / 2 for n, g in plain.items()}
+    )
+    with pytest.raises(ValueError, match="max_norm must be positive"):
+        descent_direction(model, batch, max_norm=0.0)
+
+
+def test_bf16_weights_give_fp32_directions():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    direction = descent_direction(model, batches())
+    assert {g.dtype for g in direction.values()} == {torch.float32}
+    exact = exact_gradient(model, batches())
+    a, b = (torch.cat([g.flatten().double() for g in d.values()]) for d in (direction, exact))
+    assert float(torch.cosine_similarity(a, b, dim=0)) > 0.999
+
+
+# ---- the average ----
+
+
+def test_ema_is_the_debiased_average(tmp_path):
+    model, all_batches = tiny_model("qwen3"), batches()
+    ema = EmaDirection(0.8)
+    with pytest.raises(ValueError, match="no gradient yet"):
+        ema.direction()
+    gradients = [descent_direction(model, batch) for batch in all_batches]
+    for count, batch in enumerate(all_batches, 1):
+        direction = descent_direction(model, batch, kind="ema", ema=ema)
+        weights = torch.tensor([0.8 ** (count - 1 - i) for i in range(count)])
+        weights /= weights.sum()
+        expected = {
+            n: sum(w * g[n] for w, g in zip(weights, gradients, strict=False)) for n in direction
+        }
+        assert_close(direction, expected, rtol=1e-4, atol=1e-6)
+        if count == 1:
+            assert all(torch.equal(direction[n], gradients[0][n]) for n in direction)
+
+    path = tmp_path / "ema.safetensors"
+    ema.save(path)
+    loaded, copied = EmaDirection.load(path), EmaDirection(0.1)
+    copied.load_state_dict(ema.state_dict())
+    for other in (loaded, copied):
+        assert (other.decay, other.updates) == (0.8, 3)
+        other.update(gradients[0])
+    ema.update(gradients[0])
+    for other in (loaded, copied):
+        assert all(torch.equal(g, other.direction()[n]) for n, g in ema.direction().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["ema.safetensors"]
+
+
+def test_a_failing_save_keeps_the_file_that_was_there(tmp_path, monkeypatch):
+    ema = EmaDirection()
+    ema.update({"w": torch.ones(3)})
+    path = tmp_path / "ema.safetensors"
+    ema.save(path)
+    before = path.read_bytes()
+
+    def full_disk(tensors, filename, metadata=None):
+        filename.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vcore_train.directions.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        ema.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["ema.safetensors"]
+
+
+def test_an_average_survives_what_it_is_given():
+    ema = EmaDirection()
+    gradient = {"w": torch.ones(3), "v": torch.ones(2)}
+    ema.update(gradient)
+    with pytest.raises(NonFiniteDirectionError, match="2 entries"):
+        ema.update({"w": torch.tensor([1.0, torch.nan, torch.inf]), "v": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"names or shapes differ.* at v"):
+        ema.update({"w": torch.ones(3)})
+    assert ema.updates == 1
+    assert torch.equal(ema.direction()["w"], gradient["w"])
+    ema.direction()["w"].zero_()
+    assert torch.equal(ema.direction()["w"], gradient["w"])
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
+        EmaDirection(1.0)
+
+
+def test_a_foreign_file_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="not written by EmaDirection"):
+        EmaDirection.load(tmp_path / "other.safetensors")
+
+
+# ---- optimizers ----
+
+
+def stepped(model, optimizer, steps=3):
+    """Gradients of each step, after taking it."""
+    gradients = []
+    for seed in range(steps):
+        token_nll(model, padded_batch(seed=seed)).mean().backward()
+        gradients.append(
+            {
+                n: p.grad.clone()
+                for n, p in trainable_parameters(model).items()
+                if p.grad is not None
+            }
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}])
+def test_momentum_and_adam_of_adamw(options):
+    model = tiny_model("qwen3")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.9), **options)
+    gradients = stepped(model, optimizer)
+    momentum = descent_direction(model, [], kind="momentum", optimizer=optimizer)
+    weights = torch.tensor([0.8**2, 0.8, 1.0])
+    weights /= weights.sum()
+    mean = {n: sum(w * g[n] for w, g in zip(weights, gradients, strict=True)) for n in momentum}
+    assert_close(momentum, mean, rtol=1e-3, atol=1e-6)
+
+    adam = descent_direction(model, [], kind="adam", optimizer=optimizer)
+    if not options.get("amsgrad"):
+        squares = torch.tensor([0.9**2, 0.9, 1.0])
+        squares /= squares.sum()
+        root = {
+            n: sum(w * g[n] ** 2 for w, g in zip(squares, gradients, strict=True)).sqrt()
+            for n in mean
+        }
+        expected = {n: torch.where(root[n] == 0, 0.0, mean[n] / (root[n] + 1e-8)) for n in mean}
+        assert_close(adam, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_embedding_rows_that_were_never_updated_get_zero():
+    model = tiny_model("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-12)
+    stepped(model, optimizer)
+    used = torch.cat([padded_batch(seed=s)["input_ids"].flatten() for s in range(3)]).unique()
+    rows = descent_direction(model, [], kind="adam", optimizer=optimizer)[
+        "model.embed_tokens.weight"
+    ]
+    assert rows.isfinite().all()
+    assert not rows[[t for t in range(rows.shape[0]) if t not in used]].any()
+    assert rows[used[-1]].any()
+
+
+def test_momentum_of_sgd():
+    model = tiny_model("qwen3")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5)
+    gradients = stepped(model, optimizer)
+    momentum = descent_direction(model, [], kind="momentum", optimizer=optimizer)
+    expected = {
+        n: 0.5 * (gradients[2][n] + 0.5 * gradients[1][n] + 0.25 * gradients[0][n])
+        for n in momentum
+    }
+    assert_close(momentum, expected)
+    before = copy.deepcopy(optimizer.state_dict())
+    momentum["model.norm.weight"].zero_()
+    after = optimizer.state_dict()
+    for number, state in before["state"].items():
+        assert torch.equal(state["momentum_buffer"], after["state"][number]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_cold_start_falls_back_to_a_probe_and_says_so(kind, caplog):
+    model, batch = tiny_model("qwen3"), padded_batch()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with caplog.at_level(logging.INFO, logger="vcore_train"):
+        direction = descent_direction(model, batch, kind=kind, optimizer=optimizer)
+    assert "no state yet" in caplog.text
+    assert_close(direction, descent_direction(model, batch))
+
+
+def test_optimizers_that_cannot_serve():
+    model = tiny_model("qwen3")
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5)
+    stepped(model, sgd, steps=1)
+    with pytest.raises(ValueError, match=r"'adam' reads 'exp_avg'.*momentum_buffer.*AdamW"):
+        descent_direction(model, [], kind="adam", optimizer=sgd)
+
+    adam = torch.optim.AdamW(model.parameters())
+    stepped(model, adam, steps=1)
+    for state in adam.state.values():  # what bitsandbytes keeps
+        state["state1"] = state.pop("exp_avg").to(torch.uint8)
+        state["state2"] = state.pop("exp_avg_sq").to(torch.uint8)
+    for kind in ("momentum", "adam"):
+        with pytest.raises(
+            ValueError, match=r"state1: Tensor torch\.uint8.*8-bit.*'probe' or 'ema'"
+        ):
+            descent_direction(model, [], kind=kind, optimizer=adam)
+
+    other = torch.optim.AdamW(tiny_model("qwen3").parameters())
+    with pytest.raises(ValueError, match="are not in the optimizer"):
+        descent_direction(model, [], kind="momentum", optimizer=other)
+    with pytest.raises(ValueError, match="needs optimizer="):
+        descent_direction(model, [], kind="momentum")
+    with pytest.raises(ValueError, match="needs ema=EmaDirection"):
+        descent_direction(model, padded_batch(), kind="ema")
+    with pytest.raises(ValueError, match="unknown kind 'gradient'"):
+        descent_direction(model, padded_batch(), kind="gradient")
+
+
+def test_parameters_without_state_are_zero():
+    model = tiny_model("qwen3")
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.model.norm.weight.requires_grad_(False)
+    stepped(model, optimizer, steps=1)
+    model.model.norm.weight.requires_grad_(True)
+    direction = descent_direction(model, [], kind="momentum", optimizer=optimizer)
+    assert not direction["model.norm.weight"].any()
+    assert direction.keys() == random_direction(trainable_parameters(model)).keys()
