@@ -1,9 +1,10 @@
-"""The operator behind ``gibbs_weights`` and ``vcore_loss``: weights, temperatures and variances at once.
+"""The operator behind ``gibbs_weights`` and ``vcore_loss``: one launch for all of it.
 
-``torch.ops.vcore_kernels.gibbs_variance`` is the compiled kernel (csrc/gibbs.cpp) on a CPU where it is
-built, and :func:`reference` everywhere else. Both work in float64 inside, on utilities brought to
-z = (s - max s) / (max s - min s) in [-1, 0], so that neither the scale of the utilities nor a constant
-added to them matters: q = softmax(a*z), with a = tau * (max s - min s).
+``torch.ops.vcore_kernels.gibbs_variance`` is the compiled kernel (csrc/gibbs.cpp), and
+``gibbs_variance_reference`` is :func:`reference`, opaque to torch.compile like the kernel. Both
+work in float64 inside, on utilities brought to z = (s - max s) / (max s - min s) in [-1, 0], so
+that neither the scale of the utilities nor a constant added to them matters: q = softmax(a*z),
+with a = tau * (max s - min s).
 """
 
 import math
@@ -21,6 +22,7 @@ from vcore_kernels.segments import Segments, segment_max, segment_sum
 # exp(-EXP_ZERO) is 0 in float64. The compiled kernel has the same constants.
 EXP_ZERO = 746.0
 LARGEST = 1e300
+TINY = 1e-200
 STEPS = 64
 NEWTON_STEPS = 8
 
@@ -36,8 +38,9 @@ class GibbsStatistics(NamedTuple):
     saturated: Tensor  # bool [S]
     constant: Tensor  # bool [S]
     finite: Tensor  # bool [S]
-    # float64 [2, 2]: sample variance over tokens (row 0) and trajectories (row 1) of the utilities under
-    # uniform (column 0) and Gibbs weights (column 1), in units of the largest |utility| squared
+    # float64 [2, 2]: sample variance over tokens (row 0) and trajectories (row 1) of the utilities
+    # under uniform (column 0) and Gibbs weights (column 1), in units of the largest |utility|
+    # squared
     variance: Tensor
 
 
@@ -51,7 +54,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Eager PyTorch on any device. Returns q, weight, [tau, kl, ess], flags, variance."""
     dtype, segments = utility.dtype, Segments(offsets, mask, utility.shape[0])
-    number, index, valid = segments.number, segments.index(), segments.valid()
+    number, index, valid = segments.number, segments.segment_of(), segments.valid()
     s = utility.to(torch.float64)
     if number == 0:
         empty = utility.new_empty
@@ -71,7 +74,9 @@ def reference(
     used = valid & finite[index]
     high = highest(s, used).where(known, 0)
     low = (-highest(-s, used)).where(known, 0)
-    unit = torch.ones_like(high).where((high - low).isfinite(), 0.25)  # the difference may overflow
+    # the difference may overflow, and the reciprocal of it may
+    unit = torch.ones_like(high).where(high - low >= TINY, 2.0**512)
+    unit = unit.where((high - low).isfinite(), 0.25)
     spread = high * unit - low * unit
     magnitude = torch.maximum(high.abs(), low.abs())
     constant = known & (spread <= resolution * (magnitude * unit))
@@ -142,14 +147,18 @@ def _solve(
 ) -> Tensor:
     """The a at which KL(a) = budget: Newton's method on sqrt(KL), nearly linear in a, in a bracket.
 
-    KL(a) <= bound*a^2/2 gives the bracket's lower end, KL(a) ~ curvature*a^2/2 the first guess. A step that
-    leaves the bracket is replaced by its geometric middle, and so is every second one of the late ones. The
-    number of steps is fixed, so that nothing waits for an accelerator.
+    KL(a) <= bound*a^2/2 gives the bracket's lower end, KL(a) ~ curvature*a^2/2 the first guess. A
+    step that leaves the bracket is replaced by its geometric middle, and so is every second one of
+    the late ones. Only a CPU stops early: elsewhere the number of steps is fixed, so that nothing
+    waits for the device.
     """
     low, high = (2 * budget / bound).sqrt(), ceiling
     a = torch.minimum((2 * budget / curvature).sqrt().clamp(max=LARGEST).maximum(low), high)
     for step in range(STEPS):
         kl, slope = evaluate(a)
+        done = (kl - budget).abs() <= 1e-9 * budget + 1e-15
+        if done.device.type == "cpu" and done.all():
+            break
         above = kl > budget
         low, high = low.where(above, a), a.where(above, high)
         root = kl.sqrt()
@@ -157,7 +166,6 @@ def _solve(
         inside = (newton > low) & (newton < high)
         if step >= NEWTON_STEPS and step % 2:
             inside = torch.zeros_like(inside)
-        done = (kl - budget).abs() <= 1e-9 * budget + 1e-15
         a = a.where(done, newton.where(inside, low.sqrt() * high.sqrt()))
     return a
 
@@ -171,9 +179,9 @@ def utility_variance(
     known: Tensor,  # bool [S]
     index: Tensor,  # [N]
 ) -> Tensor:
-    """Unbiased sample variances of s/n and q*s, over tokens and over trajectories: ``GibbsStatistics.variance``."""
+    """Unbiased sample variances of s/n and of q*s: ``GibbsStatistics.variance``."""
     largest = magnitude.where(known, 0).amax()
-    s = (s / largest.where(largest > 0, 1)).where(used, 0)
+    s = (s / largest.clamp(min=1 / LARGEST)).where(used, 0)
     pair = [s * uniform.to(s.dtype)[index], s * q]
     tokens = [_variance(x, used) for x in pair]
     sums = [segment_sum(x, index, known.shape[0]) for x in pair]
@@ -198,12 +206,13 @@ def _fake(utility, mask, offsets, value, rule, resolution):
     )
 
 
-define(
-    "gibbs_variance(Tensor utility, Tensor? mask, Tensor offsets, float value, str rule, float resolution)"
-    " -> (Tensor q, Tensor weight, Tensor stats, Tensor flags, Tensor variance)",
-    _fake,
+_SCHEMA = (
+    "(Tensor utility, Tensor? mask, Tensor offsets, float value, str rule, float resolution)"
+    " -> (Tensor q, Tensor weight, Tensor stats, Tensor flags, Tensor variance)"
 )
-LIBRARY.impl("gibbs_variance", reference, "CompositeExplicitAutograd")
+define(f"gibbs_variance{_SCHEMA}", _fake)
+define(f"gibbs_variance_reference{_SCHEMA}", _fake)
+LIBRARY.impl("gibbs_variance_reference", reference, "CompositeExplicitAutograd")
 
 
 def gibbs_statistics(
@@ -214,20 +223,24 @@ def gibbs_statistics(
     value: float,
     backend: str,
 ) -> GibbsStatistics:
-    """Runs the operator for ``op``. Utilities narrower than 32 bits are widened; no gradient is recorded."""
+    """Runs the operator for ``op``, on utilities widened to 32 bits, without a gradient."""
     dtype = statistics_dtype(utility.dtype)
-    # Utilities closer together than this, relative to their size, are equal as far as anyone can tell:
-    # a few roundings of the sums that formed them, or one step of a narrower dtype they were stored in.
+    # Utilities closer together than this, relative to their size, are equal as far as anyone can
+    # tell: a few roundings of the sums that formed them, or one step of a narrower dtype they were
+    # stored in.
     resolution = 8 * torch.finfo(dtype).eps
     if utility.dtype != dtype:
         resolution = max(resolution, torch.finfo(utility.dtype).eps)
     flat = utility.detach().to(dtype).reshape(-1)
     chosen = resolve(op, backend, flat)
-    run = reference if chosen == "reference" else torch.ops.vcore_kernels.gibbs_variance
+    ops = torch.ops.vcore_kernels
+    run = ops.gibbs_variance_reference if chosen == "reference" else ops.gibbs_variance
     q, weight, stats, flags, variance = run(
         flat, segments.mask, segments.offsets, value, rule, resolution
     )
-    return GibbsStatistics(q, weight, *stats.unbind(), *flags.unbind(), variance)
+    tau, kl, ess = stats.unbind()
+    saturated, constant, finite = flags.unbind()
+    return GibbsStatistics(q, weight, tau, kl, ess, saturated, constant, finite, variance)
 
 
 def resolve_rule(
@@ -237,12 +250,13 @@ def resolve_rule(
     kl_budget: float | None,
     kl_scope: str,
 ) -> tuple[str, float]:
-    """(rule, value) of the operator from what the user gave; ValueError unless exactly one was given."""
+    """What the user gave as the operator's (rule, value); ValueError unless it is exactly one."""
     given = {"tau": tau, "temperature": temperature, "kl_budget": kl_budget}
-    chosen = [name for name, value in given.items() if value is not None]
+    chosen = [name for name, number in given.items() if number is not None]
     if len(chosen) != 1:
         raise ValueError(
-            f"{op}: pass exactly one of tau, temperature and kl_budget, got {' and '.join(chosen) or 'none'}."
+            f"{op}: pass exactly one of tau, temperature and kl_budget, got "
+            f"{' and '.join(chosen) or 'none'}."
         )
     if kl_scope not in ("trajectory", "batch"):
         raise ValueError(f"{op}: kl_scope must be 'trajectory' or 'batch', got {kl_scope!r}.")
@@ -253,9 +267,9 @@ def resolve_rule(
     ):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
     if name == "temperature":
-        if not value > 0 or not math.isfinite(1 / value) or not math.isfinite(value):
+        if not 0 < value < math.inf or 1 / value == math.inf:
             raise ValueError(f"{op}: temperature must be a positive number, got {value}.")
         return "tau", 1 / value
-    if not value >= 0 or not math.isfinite(value):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{op}: {name} must be a number >= 0, got {value}.")
     return ("tau" if name == "tau" else kl_scope), float(value)

@@ -10,7 +10,7 @@ from vcore_kernels.sft_loss import weighted_sum
 def dft_loss(
     nll: Tensor, *, mask: Tensor | None = None, num_items: int | Tensor | None = None
 ) -> Tensor:
-    """``sum_t p_t * nll_t / num_items`` with p_t = exp(-nll_t) held fixed, so its gradient is that of -sum p_t.
+    """``sum_t p_t * nll_t / num_items`` with p_t = exp(-nll_t) held fixed: descent on -sum p_t.
 
     Without the stop-gradient the sign of the update flips where p < 1/e.
 

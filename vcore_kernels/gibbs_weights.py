@@ -33,31 +33,35 @@ def gibbs_weights(
     kl_scope: str = "trajectory",
     backend: str = "auto",
 ) -> GibbsWeights:
-    """Gibbs distribution ``q_t = softmax_t(tau * s_t)`` over the supervised tokens of each trajectory.
+    """Gibbs distribution ``q_t = softmax_t(tau * s_t)`` over the supervised tokens of each
+    trajectory.
 
-    Exactly one of three says how sharp it is: ``tau`` itself (per unit of utility), ``temperature`` = 1/tau,
-    or ``kl_budget`` = delta in nats, the largest tau with KL(q || uniform) <= delta. Where delta exceeds what
-    the utilities can reach, log(n/m) with m the multiplicity of the maximum, q is uniform over the maxima,
-    tau is a value that gives it, and ``saturated`` says so (also for constant and empty trajectories).
+    Exactly one of three says how sharp it is: ``tau`` itself (per unit of utility),
+    ``temperature`` = 1/tau, or ``kl_budget`` = delta in nats, the largest tau with
+    KL(q || uniform) <= delta. Where delta exceeds what the utilities can reach, log(n/m) with m the multiplicity of the maximum, q is
+    uniform over the maxima, tau is a value that gives it, and ``saturated`` says so (also for
+    constant and empty trajectories).
 
-    Under a budget, utilities that differ by less than the rounding of their own computation, 8 units of
-    machine precision of the largest |utility|, count as constant: uniform weights, tau = 0. A trajectory with
-    a supervised NaN or infinity falls back to uniform weights, tau = 0, and ``finite`` is False there. Nothing
-    waits for an accelerator.
+    Under a budget, utilities that differ by less than the rounding of their own computation, 8
+    units of machine precision of the largest |utility|, count as constant: uniform weights and
+    tau = 0. A trajectory with a supervised NaN or infinity falls back to uniform weights, tau = 0,
+    and ``finite`` is False there. Nothing waits for an accelerator.
 
     Args:
-        utility: [B, T] (a trajectory per row), [T] (one), or packed [N] or [1, N] with ``cu_seqlens``. Any
-            floating dtype; 32 bits or fewer give float32 results, float64 gives float64. No gradient flows.
+        utility: [B, T] (a trajectory per row), [T] (one), or packed [N] or [1, N] with
+            ``cu_seqlens``. Any floating dtype; 32 bits or fewer give float32 results, float64 gives
+            float64. No gradient flows.
         mask: shaped like ``utility``, bool or integer: the supervised tokens. None: all of them.
         cu_seqlens: int32 [S + 1], 0 to N, never falling. Trajectories may be empty.
-        kl_scope: ``"trajectory"``: each one spends the budget. ``"batch"``: one tau for all, at which the mean
-            KL over the trajectories that are not empty and finite is the budget, so that one whose utilities
-            hardly differ is not sharpened into noise.
+        kl_scope: ``"trajectory"``: each one spends the budget. ``"batch"``: one tau for all, at
+            which the mean KL over the trajectories that are not empty and finite is the budget, so
+            that one whose utilities hardly differ is not sharpened into noise.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Raises:
-        ValueError: not exactly one of the three; tau or kl_budget negative, temperature not positive, or not
-            finite; wrong shapes; cu_seqlens falling or not going from 0 to N. TypeError: wrong dtypes.
+        ValueError: not exactly one of the three; tau or kl_budget negative, temperature not
+            positive, or not finite; wrong shapes; cu_seqlens falling or not going from 0 to N.
+            TypeError: wrong dtypes.
 
     Source: VCORE (arXiv 2510.27462), the KL-regularised reweighting problem and its Gibbs solution.
     """

@@ -22,15 +22,17 @@ def iw_sft_loss(
     clip: tuple[float, float] | None = None,
     num_items: int | Tensor | None = None,
 ) -> Tensor:
-    """``sum w * nll_t / num_items`` with importance weights w of the policy over a reference, held fixed.
+    """``sum w * nll_t / num_items`` with importance weights w of the policy over a reference.
 
-    ``level="sequence"``: one weight for each trajectory, clip(exp(temp * mean_t(logp_t - ref_logp_t))), the mean
-    over its supervised tokens. ``level="token"``: clip(exp(temp * (logp_t - ref_logp_t))). With the reference
-    equal to the policy it is :func:`sft_loss`, bit for bit.
+    ``level="sequence"``: one weight for each trajectory, clip(exp(temp * mean_t(logp_t -
+    ref_logp_t))), the mean over its supervised tokens. ``level="token"``: clip(exp(temp * (logp_t -
+    ref_logp_t))). With
+    the reference equal to the policy it is :func:`sft_loss`, bit for bit. w carries no gradient.
 
     Args:
         nll: [B, T], [T], or packed [N] or [1, N] with ``cu_seqlens``: -logp of the policy, nats.
-        ref_logp: shaped like ``nll``: log-probabilities (not losses) of the same tokens under the reference.
+        ref_logp: shaped like ``nll``: log-probabilities (not losses) of the same tokens under the
+            reference.
         mask, cu_seqlens: as for :func:`gibbs_weights`.
         clip: (lowest, highest) weight; None for (0, 16) over sequences, (0.2, 1.8) over tokens.
         num_items: as for :func:`sft_loss`.
@@ -39,8 +41,8 @@ def iw_sft_loss(
         0-dim loss, float32 (float64 for float64), differentiable in ``nll`` alone.
 
     Raises:
-        ValueError: unknown level, clip not rising from 0 or more, temp not finite, wrong shapes. TypeError:
-            wrong dtypes.
+        ValueError: unknown level, clip not rising from 0 or more, temp not finite, wrong shapes.
+            TypeError: wrong dtypes.
 
     Source: iw-SFT (arXiv 2507.12856).
     """
@@ -61,7 +63,7 @@ def iw_sft_loss(
     dtype = statistics_dtype(nll.dtype)
     log_ratio = (-nll.detach().to(dtype) - ref_logp.detach().to(dtype)).reshape(-1)
     if level == "sequence":
-        index, valid = segments.index(), segments.valid()
+        index, valid = segments.segment_of(), segments.valid()
         count = segment_sum(valid.to(dtype), index, segments.number)
         total = segment_sum(log_ratio.where(valid, 0), index, segments.number)
         log_ratio = (total / count.clamp(min=1))[index]

@@ -16,11 +16,13 @@ def random_supervision(
 ) -> Tensor:
     """A random subset of the supervised tokens, so that a share ``keep`` of each trajectory stays.
 
-    A trajectory of n supervised tokens keeps round(keep*n) of them, at least one where keep > 0. The tokens
-    of ``always`` (say, the answer) come first and are all kept, even where they are more than that.
+    A trajectory of n supervised tokens keeps round(keep*n) of them, at least one where keep > 0.
+    The tokens of ``always`` (say, the answer) come first and are all kept, even where they are more
+    than that.
 
     Args:
-        mask: [B, T], [T], or packed [N] or [1, N] with ``cu_seqlens``: the supervised tokens, bool or integer.
+        mask: [B, T], [T], or packed [N] or [1, N] with ``cu_seqlens``: the supervised tokens, bool
+            or integer.
         keep: share in [0, 1].
         always: shaped like ``mask``; entries outside ``mask`` are ignored.
         generator: source of randomness; its device decides where the random numbers are drawn.
@@ -31,7 +33,8 @@ def random_supervision(
     Raises:
         ValueError: keep outside [0, 1], wrong shapes. TypeError: wrong dtypes.
 
-    Source: the random-mask baseline of VCORE (arXiv 2510.27462), which keeps the answer and 20% of the response.
+    Source: the random-mask baseline of VCORE (arXiv 2510.27462), which keeps the answer and 20% of
+    the response.
     """
     op = "random_supervision"
     if not 0 <= keep <= 1:
@@ -41,7 +44,7 @@ def random_supervision(
         raise TypeError(f"{op}: mask must be a tensor, got None.")
     chosen = check_mask(op, "always", always, mask)
     segments = make_segments(op, mask, mask, cu_seqlens)
-    index, valid = segments.index(), segments.valid()
+    index, valid = segments.segment_of(), segments.valid()
 
     device = mask.device if generator is None else generator.device
     priority = torch.rand(mask.numel(), generator=generator, device=device).to(mask.device)

@@ -1,4 +1,4 @@
-"""Trajectories in one representation: rows of a padded batch, or ``cu_seqlens`` over packed tokens."""
+"""Trajectories in one form: rows of a padded batch, or ``cu_seqlens`` over packed tokens."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Segments(NamedTuple):
             return self.mask
         return torch.ones(self.size, dtype=torch.bool, device=self.offsets.device)
 
-    def index(self) -> Tensor:
+    def segment_of(self) -> Tensor:
         """The segment of each entry: int64 [N]."""
         positions = torch.arange(self.size, device=self.offsets.device)
         return torch.bucketize(positions, self.offsets[1:], right=True)
@@ -53,8 +53,8 @@ def check_values(op: str, name: str, values: Tensor, like: Tensor | None = None)
         return
     if values.shape != like.shape:
         raise ValueError(
-            f"{op}: {name} has shape {list(values.shape)}, expected {list(like.shape)}: one value for "
-            "each token."
+            f"{op}: {name} has shape {list(values.shape)}, expected {list(like.shape)}: "
+            "one value for each token."
         )
     if values.device != like.device:
         raise ValueError(f"{op}: {name} is on {values.device}, expected {like.device}.")
@@ -72,8 +72,8 @@ def check_mask(op: str, name: str, mask: Tensor | None, values: Tensor) -> Tenso
         )
     if mask.shape != values.shape:
         raise ValueError(
-            f"{op}: {name} has shape {list(mask.shape)}, expected {list(values.shape)}: one entry for "
-            "each token."
+            f"{op}: {name} has shape {list(mask.shape)}, expected {list(values.shape)}: "
+            "one entry for each token."
         )
     if mask.device != values.device:
         raise ValueError(f"{op}: {name} is on {mask.device}, expected {values.device}.")
@@ -88,9 +88,9 @@ def make_segments(
     Args:
         values: [B, T] (B segments), [T] (one segment), or with ``cu_seqlens`` [N] or [1, N].
         mask: bool or integer, shaped like ``values``; supervised where not 0.
-        cu_seqlens: int32 or int64 [S + 1], from 0 to N, never falling; equal neighbours make an empty
-            segment. On an accelerator its contents are checked asynchronously: an error surfaces as a
-            device-side assertion.
+        cu_seqlens: int32 or int64 [S + 1], from 0 to N, never falling; equal neighbours make an
+            empty segment. On an accelerator its contents are checked asynchronously: an error
+            surfaces as a device-side assertion.
 
     Raises:
         TypeError: wrong dtypes. ValueError: wrong shapes, devices, or contents of ``cu_seqlens``.
@@ -100,7 +100,8 @@ def make_segments(
     if cu_seqlens is None:
         if values.dim() not in (1, 2):
             raise ValueError(
-                f"{op}: expected [B, T], or packed [N] with cu_seqlens, got shape {list(values.shape)}."
+                f"{op}: expected [B, T], or packed [N] with cu_seqlens, got shape "
+                f"{list(values.shape)}."
             )
         rows, length = (1, values.shape[0]) if values.dim() == 1 else values.shape
         offsets = torch.arange(rows + 1, device=values.device) * length
@@ -108,15 +109,16 @@ def make_segments(
 
     if values.dim() not in (1, 2) or (values.dim() == 2 and values.shape[0] != 1):
         raise ValueError(
-            f"{op}: cu_seqlens goes with packed [N] (or [1, N]), got shape {list(values.shape)}. Leave "
-            "cu_seqlens out for a padded batch."
+            f"{op}: cu_seqlens goes with packed [N] (or [1, N]), got shape {list(values.shape)}. "
+            "Leave cu_seqlens out for a padded batch."
         )
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{op}: cu_seqlens must be an int32 tensor, got {kind}.")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
-            f"{op}: cu_seqlens must be [S + 1], starting with 0, got shape {list(cu_seqlens.shape)}."
+            f"{op}: cu_seqlens must be [S + 1], starting with 0, got shape "
+            f"{list(cu_seqlens.shape)}."
         )
     if cu_seqlens.device != values.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, expected {values.device}.")
@@ -137,10 +139,11 @@ def _check_offsets(op: str, offsets: Tensor, size: int) -> None:
     if not rising:
         at = int((offsets[1:] < offsets[:-1]).nonzero()[0])
         raise ValueError(
-            f"{op}: cu_seqlens must be increasing, got {int(offsets[at])} then {int(offsets[at + 1])} "
-            f"at position {at + 1}."
+            f"{op}: cu_seqlens must be increasing, got {int(offsets[at])} then "
+            f"{int(offsets[at + 1])} at position {at + 1}."
         )
     if offsets[-1] != size:
         raise ValueError(
-            f"{op}: cu_seqlens must end at the number of packed tokens, {size}, got {int(offsets[-1])}."
+            f"{op}: cu_seqlens must end at the number of packed tokens, {size}, got "
+            f"{int(offsets[-1])}."
         )

@@ -14,9 +14,10 @@ def sft_loss(
     Args:
         nll: per-token losses in nats, any shape, any floating dtype.
         mask: shaped like ``nll``, bool or integer: the supervised tokens. None: all of them.
-        num_items: what the sum is divided by, a number or a 0-dim tensor; None for the number of supervised
-            tokens. Under gradient accumulation pass the count of the whole optimizer step. 0 counts as 1: a
-            batch without supervised tokens has loss 0, still connected to ``nll``.
+        num_items: what the sum is divided by, a number or a 0-dim tensor; None for the number of
+            supervised tokens. Under gradient accumulation pass the count of the whole optimizer
+            step. 0 counts as 1: a batch without supervised tokens has loss 0, still connected to
+            ``nll``.
 
     Returns:
         0-dim loss, float32 (float64 for float64), differentiable in ``nll``.
@@ -36,9 +37,10 @@ def weighted_sum(
     mask: Tensor | None,
     num_items: int | Tensor | None,
 ) -> Tensor:
-    """``sum_t weights_t * nll_t / num_items`` where the mask allows; weights of 1 leave every bit as without.
+    """``sum_t weights_t * nll_t / num_items`` where the mask allows.
 
-    Masked entries count for nothing, whatever they hold, and get no gradient.
+    Weights of 1 leave every bit as without weights. Masked entries count for nothing, whatever they
+    hold, and get no gradient.
     """
     losses = nll.to(statistics_dtype(nll.dtype))
     if weights is not None:

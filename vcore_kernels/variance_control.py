@@ -1,4 +1,4 @@
-"""The factor that brings the variance of the reweighted update back to that of uniform supervision."""
+"""The factor that brings the variance of a reweighted update back to that of the uniform one."""
 
 import math
 
@@ -22,27 +22,30 @@ def variance_control(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """``alpha = min(cap, sqrt(V_uniform / V_weighted))`` for weights ``q`` on tokens with these utilities.
+    """``alpha = min(cap, sqrt(V_uniform / V_weighted))`` for weights q on tokens with utilities s.
 
-    ============== ===================================== ===============================================
-    mode           V_uniform                             V_weighted
-    ============== ===================================== ===============================================
-    ``utility``    variance over all tokens of s_t/n_i   variance of q_t*s_t
-    ``trajectory`` variance over trajectories of         variance of sum_t q_t*s_t (the paper's equation)
-                   sum_t s_t/n_i
-    ``ess``        1/n_i                                 sum_t q_t^2: one alpha for each trajectory
-    ``loss``       alpha = min(cap, uniform loss / weighted loss), the losses of ``nll``; what the paper's
-                   released code does
-    ``none``       alpha = 1
-    ============== ===================================== ===============================================
+    ============== =================================== =============================
+    mode           V_uniform                           V_weighted
+    ============== =================================== =============================
+    ``utility``    over all tokens, of s_t/n_i         of q_t*s_t
+    ``trajectory`` over trajectories, of sum_t s_t/n_i of sum_t q_t*s_t
+    ``ess``        1/n_i                               sum_t q_t^2
+    ``loss``       uniform loss squared                weighted loss squared
+    ``none``       1                                   1
+    ============== =================================== =============================
 
-    Variances are unbiased sample variances over supervised tokens; trajectories that are empty or hold a
-    non-finite utility are left out. 0/0 is 1, and so is what cannot be known (fewer than two samples,
-    non-finite losses). A positive number over 0 is ``cap``, or 1 without one: alpha is always finite.
+    ``trajectory`` is the paper's equation, ``ess`` its case of uncorrelated utilities (one alpha
+    for each trajectory), ``loss`` what its released code does.
+
+    Variances are unbiased sample variances over supervised tokens; trajectories that are empty or
+    hold a non-finite utility are left out. 0/0 is 1, and so is what cannot be known (fewer than two
+    samples, non-finite losses). A positive number over 0 is ``cap``, or 1 without one: alpha is
+    always finite.
 
     Args:
         utility: [B, T], [T], or packed [N] or [1, N] with ``cu_seqlens``.
-        q: shaped like ``utility``, summing to 1 over each trajectory, as :func:`gibbs_weights` returns it.
+        q: shaped like ``utility``, summing to 1 over each trajectory, as :func:`gibbs_weights`
+            returns it.
         nll: shaped like ``utility``; needed for ``"loss"`` alone. No gradient flows.
         cap: the largest alpha; None for no cap.
         mask, cu_seqlens: as for :func:`gibbs_weights`.
@@ -51,9 +54,10 @@ def variance_control(
         alpha, 0-dim; [S] for ``"ess"``. float32, or float64 for float64 utilities.
 
     Raises:
-        ValueError: unknown mode, cap not positive, ``"loss"`` without nll, ``"trajectory"`` with fewer than two
-            trajectories (rows, or segments of cu_seqlens: the host does not know which are empty, and if
-            fewer than two are left, alpha is 1), wrong shapes. TypeError: wrong dtypes.
+        ValueError: unknown mode, cap not positive, ``"loss"`` without nll, ``"trajectory"`` with
+            fewer than two trajectories (rows, or segments of cu_seqlens: the host does not know
+            which are empty, and if fewer than two are left, alpha is 1), wrong shapes. TypeError:
+            wrong dtypes.
 
     Source: VCORE (arXiv 2510.27462), variance control.
     """
@@ -70,7 +74,7 @@ def variance_control(
     dtype = statistics_dtype(utility.dtype)
     if mode == "none" or segments.number == 0:
         return utility.new_ones(segments.number if mode == "ess" else (), dtype=dtype)
-    index, valid = segments.index(), segments.valid()
+    index, valid = segments.segment_of(), segments.valid()
     s, weights = (x.detach().reshape(-1).to(torch.float64) for x in (utility, q))
     count = segment_sum(valid.to(s.dtype), index, segments.number)
     # as precise as q, so that a uniform q gives exactly the uniform statistics

@@ -46,9 +46,9 @@ def vcore_loss(
 ) -> VcoreLoss:
     """``alpha * sum_i sum_t q_t * n_i * nll_t / num_items`` with Gibbs weights q of the utilities.
 
-    Weights and alpha carry no gradient. Constant utilities give weights of exactly 1 and then, with alpha = 1,
-    the loss and the gradient of :func:`sft_loss` bit for bit. Weights, temperatures and variances come out of
-    one operator.
+    Weights and alpha carry no gradient. Constant utilities give weights of exactly 1 and then, with
+    alpha = 1, the loss and the gradient of :func:`sft_loss` bit for bit. Weights, temperatures and
+    variances come out of one operator.
 
     Args:
         nll: per-token losses in nats, [B, T], [T], or packed [N] or [1, N] with ``cu_seqlens``.
@@ -63,8 +63,8 @@ def vcore_loss(
         :class:`VcoreLoss`; float32 for inputs of 32 bits or fewer, float64 for float64.
 
     Raises:
-        ValueError, TypeError: as :func:`gibbs_weights`, :func:`variance_control` and :func:`sft_loss` do, in this
-            function's name.
+        ValueError, TypeError: as :func:`gibbs_weights`, :func:`variance_control` and
+            :func:`sft_loss` do, in this function's name.
 
     Source: VCORE (arXiv 2510.27462).
     """
@@ -79,7 +79,7 @@ def vcore_loss(
     weights = stats.weight
     if variance_control == "ess":
         alpha = alpha_from_ess(stats.ess, cap)
-        weights = weights * alpha[segments.index()]
+        weights = weights * alpha[segments.segment_of()]
     else:
         if variance_control == "none":
             alpha = weights.new_ones(())
