@@ -33,14 +33,13 @@ def gibbs_weights(
     kl_scope: str = "trajectory",
     backend: str = "auto",
 ) -> GibbsWeights:
-    """Gibbs distribution ``q_t = softmax_t(tau * s_t)`` over the supervised tokens of each
-    trajectory.
+    """Gibbs distribution ``q_t = softmax_t(tau * s_t)`` over each trajectory's supervised tokens.
 
     Exactly one of three says how sharp it is: ``tau`` itself (per unit of utility),
     ``temperature`` = 1/tau, or ``kl_budget`` = delta in nats, the largest tau with
-    KL(q || uniform) <= delta. Where delta exceeds what the utilities can reach, log(n/m) with m the multiplicity of the maximum, q is
-    uniform over the maxima, tau is a value that gives it, and ``saturated`` says so (also for
-    constant and empty trajectories).
+    KL(q || uniform) <= delta. Where delta exceeds what the utilities can reach, log(n/m) with m the
+    multiplicity of the maximum, q is uniform over the maxima, tau is a value that gives it, and
+    ``saturated`` says so (also for constant and empty trajectories).
 
     Under a budget, utilities that differ by less than the rounding of their own computation, 8
     units of machine precision of the largest |utility|, count as constant: uniform weights and
