@@ -57,3 +57,29 @@ def split(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> lis
     ends = cu_seqlens.tolist()
     flat, flat_mask = rows.flatten(), masks.flatten()
     return [flat[a:b][flat_mask[a:b]] for a, b in pairwise(ends)]
+
+
+def alpha(
+    utilities: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    mode: str,
+    losses: Sequence[Tensor] | None = None,
+) -> float | list[float]:
+    """Uncapped variance control from each trajectory's supervised utilities s and weights q."""
+    uniform = [s.double() / len(s) for s in utilities]
+    weighted = [q.double() * s.double() for q, s in zip(weights, utilities, strict=True)]
+    if mode == "utility":
+        return math.sqrt(torch.cat(uniform).var() / torch.cat(weighted).var())
+    if mode == "trajectory":
+        over, under = (torch.stack([x.sum() for x in xs]).var() for xs in (uniform, weighted))
+        return math.sqrt(over / under)
+    if mode == "ess":
+        return [math.sqrt(1 / (len(q) * float((q.double() ** 2).sum()))) for q in weights]
+    if mode == "loss":
+        assert losses is not None
+        plain = sum(float(x.double().sum()) for x in losses)
+        return plain / sum(
+            len(q) * float((q.double() * x.double()).sum())
+            for q, x in zip(weights, losses, strict=True)
+        )
+    return 1.0

@@ -182,7 +182,7 @@ def utility_variance(
     """Unbiased sample variances of s/n and of q*s: ``GibbsStatistics.variance``."""
     largest = magnitude.where(known, 0).amax()
     s = (s / largest.clamp(min=1 / LARGEST)).where(used, 0)
-    pair = [s * uniform.to(s.dtype)[index], s * q]
+    pair = [s * uniform[index], s * q.where(used, 0)]
     tokens = [_variance(x, used) for x in pair]
     sums = [segment_sum(x, index, known.shape[0]) for x in pair]
     return torch.stack([torch.stack(tokens), torch.stack([_variance(x, known) for x in sums])])

@@ -43,10 +43,10 @@ def weighted_sum(
     hold, and get no gradient.
     """
     losses = nll.to(statistics_dtype(nll.dtype))
-    if weights is not None:
-        losses = losses * weights
     if mask is not None:
         losses = losses.where(mask, 0)
+    if weights is not None:
+        losses = losses * (weights if mask is None else weights.where(mask, 0))
     total = losses.sum()
     if num_items is None:
         items = total.new_full((), nll.numel()) if mask is None else mask.sum()

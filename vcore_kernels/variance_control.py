@@ -99,7 +99,7 @@ def check_mode(op: str, mode: str, cap: float | None, number: int) -> None:
         raise ValueError(
             f"{op}: the mode of variance control must be one of {', '.join(MODES)}, got {mode!r}."
         )
-    if cap is not None and not (cap > 0 and math.isfinite(cap)):
+    if cap is not None and not 0 < cap < math.inf:
         raise ValueError(f"{op}: cap must be a positive number or None, got {cap}.")
     if mode == "trajectory" and number < 2:
         raise ValueError(
