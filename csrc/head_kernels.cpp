@@ -51,10 +51,7 @@ VCORE_INLINE void gemm_block(int64_t groups, const T* a, int64_t lda, const T* b
   constexpr int64_t lanes = kLanes<A>;
   Vec<A> sum[kRows][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    sum[i][0] = accumulate ? load(c + i * ldc) : Vec<A>{};
-    sum[i][1] = accumulate ? load(c + i * ldc + lanes) : Vec<A>{};
-  }
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = Vec<A>{};
   const A* panel = reinterpret_cast<const A*>(b);  // a group of B entries has the size of an A
   for (int64_t k = 0; k < groups; ++k) {
     const Vec<A> b0 = load(panel + 2 * k * lanes);
@@ -68,10 +65,13 @@ VCORE_INLINE void gemm_block(int64_t groups, const T* a, int64_t lda, const T* b
       P::add(sum[i][1], entry, b1);
     }
   }
+  // C is added last, not summed onto: a sum over tiles of sums within tiles rounds less than one
+  // long sum.
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-    store(c + i * ldc, sum[i][0]);
-    store(c + i * ldc + lanes, sum[i][1]);
+    A* row = c + i * ldc;
+    store(row, accumulate ? load(row) + sum[i][0] : sum[i][0]);
+    store(row + lanes, accumulate ? load(row + lanes) + sum[i][1] : sum[i][1]);
   }
 }
 
@@ -362,12 +362,12 @@ void grad_from_kept(int64_t rows, int64_t cols, const T* kept, const Acc<T>* fac
 }
 
 template <typename A>
-void grad_from_logits(int64_t rows, int64_t cols, int64_t ld, A softcap, const A* lse,
+void grad_from_logits(int64_t rows, int64_t cols, int64_t ld, A softcap, const A* top,
                       const A* factor, A* z) {
   for (int64_t v = 0; v < rows; ++v) {
     for (int64_t j = 0; j < cols; j += kLanes<A>) {
       const Vec<A> x = load(z + v * ld + j);
-      Vec<A> p = vexp(x - load(lse + j)) * load(factor + j);
+      Vec<A> p = vexp(x - load(top + j)) * load(factor + j);
       if (softcap != A(0)) p = p * cap_derivative<A>(x, softcap);
       store(z + v * ld + j, p);
     }

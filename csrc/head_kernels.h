@@ -89,10 +89,10 @@ struct HeadKernels {
                      TileStats<A> out, T* kept);
 
   // Gradient tiles, from the kept exponentials: g = kept * factor_n; and from recomputed logits, in
-  // place: z <- exp(z - lse_n) * (1 - (z / softcap)^2) * factor_n.
+  // place: z <- exp(z - top_n) * (1 - (z / softcap)^2) * factor_n.
   void (*grad_from_kept)(int64_t rows, int64_t cols, const T* kept, const A* factor, A* g,
                          int64_t ld);
-  void (*grad_from_logits)(int64_t rows, int64_t cols, int64_t ld, A softcap, const A* lse,
+  void (*grad_from_logits)(int64_t rows, int64_t cols, int64_t ld, A softcap, const A* top,
                            const A* factor, A* z);
   // The gradient tile g [rows, cols] as T: by_token [cols, ld_token] with columns up to the next
   // group zeroed, by_vocab [rows, ld_vocab] likewise; either may be null. row_sum[v] += sum over n,

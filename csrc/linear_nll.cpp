@@ -129,8 +129,7 @@ class Head {
     if (bias) bias_ = bias->detach().to(accumulator_type()).contiguous();
     const int64_t n = hidden.size(0);
     nll_ = at::zeros({n}, accumulator_type());
-    lse_ = at::zeros({n}, at::kDouble);
-    at_target_ = at::zeros({n}, at::kDouble);
+    lse_ = at::zeros({2, n}, at::kDouble);
   }
 
   static constexpr at::ScalarType accumulator_type() { return scalar_type<A>(); }
@@ -270,50 +269,60 @@ class Head {
     });
   }
 
+  struct LogSum {
+    double top;      // the largest logit
+    double log_sum;  // log of the sum of exp(z_v - top)
+    double mean;     // softmax mean of the moment's terms
+    double value() const { return top + log_sum; }
+  };
+
+  // Column j over all tiles, in their order.
+  LogSum combine_tiles(const Chunk& c, const Tensor& max, const Tensor& sum, const Tensor& moment,
+                       int64_t j) const {
+    const A *m = data<A>(max) + j, *s = data<A>(sum) + j;
+    const A* d = moment.defined() ? data<A>(moment) + j : nullptr;
+    constexpr A infinity = std::numeric_limits<A>::infinity();
+    A top = -infinity;
+    for (int64_t t = 0; t < tiles_; ++t) top = std::max(top, m[t * c.padded]);
+    if (top == -infinity) return {-infinity, -infinity, 0};  // no other class, or all masked
+    double total = 0, first = 0;
+    for (int64_t t = 0; t < tiles_; ++t) {
+      const double share = std::exp(m[t * c.padded] - top);
+      total += share * s[t * c.padded];
+      if (d) first += share == 0 ? 0 : share * d[t * c.padded];
+    }
+    return {double(top), std::log(total), total == 0 ? 0 : first / total};
+  }
+
   // Combines the tiles in their order. `second`, per token: the tangent, or base minus perturbed
   // loss.
   template <Second kSecond>
   void combine(const Chunk& c, const Tensor& second) {
     A* nll = data<A>(nll_);
-    double* lse = data<double>(lse_);
-    double* at_target = data<double>(at_target_);
-    const auto log_sum = [&](const Tensor& max, const Tensor& sum, int64_t j, double* weighted,
-                             const Tensor& moment) {
-      const A *m = data<A>(max) + j, *s = data<A>(sum) + j;
-      const A* d = moment.defined() ? data<A>(moment) + j : nullptr;
-      A top = -std::numeric_limits<A>::infinity();
-      for (int64_t t = 0; t < tiles_; ++t) top = std::max(top, m[t * c.padded]);
-      const A reference = std::isinf(top) && top < 0 ? A(0) : top;
-      double total = 0, first = 0;
-      for (int64_t t = 0; t < tiles_; ++t) {
-        const double share = std::exp(m[t * c.padded] - reference);
-        total += share * s[t * c.padded];
-        if (d) first += share == 0 ? 0 : share * d[t * c.padded];
-      }
-      if (weighted) *weighted = total == 0 ? 0 : first / total;
-      return double(reference) + std::log(total);
-    };
+    double *top = data<double>(lse_), *rest = top + tokens();
     at::parallel_for(0, c.count(), 16, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t n = c.rows[j];
-        double mean = 0;
-        const double others = log_sum(c.max, c.sum, j, &mean, c.moment);
-        const double z = c.at_target[j], loss = softplus(others - z);
+        const LogSum others = combine_tiles(c, c.max, c.sum, c.moment, j);
+        const double z = c.at_target[j], gap = others.value() - z, loss = softplus(gap);
         nll[n] = A(loss);
-        lse[n] = z + loss;
-        at_target[n] = z;
+        // The largest logit and what the log-sum-exp adds to it.
+        const bool target_leads = z >= others.top;
+        top[n] = target_leads ? z : others.top;
+        rest[n] = target_leads ? loss : others.log_sum + softplus(-gap);
         if (kSecond == Second::none) continue;
         const double one_minus_p = -std::expm1(-loss), dz = c.d_at_target[j];
         double value;
         if (kSecond == Second::jvp) {
-          value = one_minus_p == 0 ? 0 : one_minus_p * (mean - dz);
+          value = one_minus_p == 0 ? 0 : one_minus_p * (others.mean - dz);
         } else {
-          // a = others - z; the change of a is log(mean of exp(dz_v) over the others) - dz_target.
-          const double change = std::log1p(mean) - dz;
-          if (mean > -0.5 && std::abs(change) < 1) {
+          // The gap changes by log(mean of exp(dz_v) over the others) - dz_target.
+          const double change = std::log1p(others.mean) - dz;
+          if (others.mean > -0.5 && std::abs(change) < 1) {
             value = -std::log1p(one_minus_p * std::expm1(change));
           } else {
-            value = loss - softplus(log_sum(c.max2, c.sum2, j, nullptr, {}) - (z + dz));
+            const LogSum perturbed = combine_tiles(c, c.max2, c.sum2, {}, j);
+            value = loss - softplus(perturbed.value() - (z + dz));
           }
         }
         data<A>(second)[n] = A(value);
@@ -358,19 +367,16 @@ class Head {
     }
     const Tensor tile_gradients = at::empty({threads_, kTile, c.padded}, options);
 
-    std::vector<A> scaled(c.padded, A(0)), lse(c.padded, A(0));
-    std::vector<double> lse_exact(c.padded, 0), factor_exact(c.padded, 0);
-    std::vector<A> at_target(c.count());
-    const double* lse_of = data<double>(lse_);
-    const double* target_logit = data<double>(at_target_);
+    std::vector<A> top(c.padded, A(0)), scaled(c.padded, A(0)), at_target(c.count());
+    const double *top_of = data<double>(lse_), *rest_of = top_of + tokens();
     for (int64_t j = 0; j < c.count(); ++j) {
       const int64_t n = c.rows[j];
-      factor_exact[j] = factor[n] * options_.scale;
-      scaled[j] = A(factor_exact[j]);
-      lse_exact[j] = lse_of[n];
-      lse[j] = A(lse_of[n]);
-      const double y = options_.softcap == 0 ? 0 : target_logit[n] / options_.softcap;
-      at_target[j] = A(factor_exact[j] * std::expm1(-double(data<A>(nll_)[n])) * (1 - y * y));
+      const double nll = data<A>(nll_)[n], w = factor[n] * options_.scale;
+      top[j] = A(top_of[n]);
+      scaled[j] = A(w * std::exp(-rest_of[n]));
+      const double logit = top_of[n] + (rest_of[n] - nll);
+      const double y = options_.softcap == 0 ? 0 : logit / options_.softcap;
+      at_target[j] = A(w * std::expm1(-nll) * (1 - y * y));
     }
     const int64_t* target = target_.const_data_ptr<int64_t>();
 
@@ -386,7 +392,7 @@ class Head {
         if (c.kept.defined()) {
           const A* max = data<A>(c.max) + tile * c.padded;
           for (int64_t j = 0; j < c.count(); ++j) {
-            tile_factor[j] = A(factor_exact[j] * std::exp(max[j] - A(lse_exact[j])));
+            tile_factor[j] = scaled[j] * std::exp(max[j] - top[j]);
           }
           kernels_.grad_from_kept(count, c.padded, data<T>(c.kept) + v * c.padded,
                                   tile_factor.data(), g, c.padded);
@@ -394,7 +400,7 @@ class Head {
           kernels_.gemm(count, c.padded, padded_width_, w, weight_.stride(), data<T>(c.panels), g,
                         c.padded, false);
           transform_tile<Second::none>(v, count, c.padded, c.padded, {}, g, nullptr);
-          kernels_.grad_from_logits(count, c.padded, c.padded, transform_.softcap, lse.data(),
+          kernels_.grad_from_logits(count, c.padded, c.padded, transform_.softcap, top.data(),
                                     scaled.data(), g);
         }
         for (int64_t i = c.tile_begin[tile]; i < c.tile_begin[tile + 1]; ++i) {
@@ -428,7 +434,6 @@ class Head {
   void restore(const Tensor& nll, const Tensor& lse) {
     nll_ = nll;
     lse_ = lse.to(at::kDouble);
-    at_target_ = lse_ - nll;
   }
 
   void pack_extra(Chunk& c, const Tensor& x) const {
@@ -469,7 +474,8 @@ class Head {
   LogitTransform<A> transform_;
   TiledMatrix<T> weight_;
   int64_t vocabulary_, width_, tiles_, threads_, panel_, padded_width_;
-  Tensor nll_, lse_, at_target_;
+  Tensor nll_;
+  Tensor lse_;  // [2, N]: the largest logit, and what the log-sum-exp adds to it
 };
 
 // Calls fn with a value of the type that the matrix products of `hidden` read.

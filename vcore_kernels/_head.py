@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How logits are formed from ``hidden @ weight.T + bias``: times ``scale``, then soft-capped."""
+    """How logits come from ``hidden @ weight.T + bias``: times ``scale``, then soft-capped."""
 
     softcap: float | None = None
     scale: float = 1.0
@@ -40,11 +40,11 @@ class HeadRows(NamedTuple):
         return [tensor for tensor in self if tensor is not None]
 
 
-def autocast_to(tensor: Tensor | None, device_type: str) -> Tensor | None:
+def autocast_to(tensor: Tensor, device_type: str) -> Tensor:
     """``tensor`` in the dtype that autocast gives a linear layer; unchanged outside autocast."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64:
         return tensor
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return tensor.to(torch.get_autocast_dtype(device_type))
     return tensor
 
@@ -59,7 +59,7 @@ def head_rows(
     shift: int,
     debug: bool,
 ) -> HeadRows:
-    """Checks shapes and dtypes, flattens to rows and moves the targets of ``shift=1`` to their rows."""
+    """Checks shapes and dtypes, flattens to rows, moves the targets of ``shift=1`` to theirs."""
     if hidden.dim() < 2 or weight.dim() != 2:
         raise ValueError(
             f"{op}: expected hidden [..., H] and weight [V, H], got {list(hidden.shape)} and "
@@ -83,7 +83,8 @@ def head_rows(
         raise TypeError(f"{op}: expected floating point, got {hidden.dtype} and {weight.dtype}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
-            f"{op}: bias has shape {list(bias.shape)}, expected [{weight.shape[0]}] like weight's rows."
+            f"{op}: bias has shape {list(bias.shape)}, expected [{weight.shape[0]}], one entry a "
+            "row of weight."
         )
     if shift not in (0, 1):
         raise ValueError(f"{op}: shift must be 0 or 1, got {shift}.")
@@ -93,12 +94,12 @@ def head_rows(
 
     check_targets(op, target, weight.shape[0], options.ignore_index, debug)
     device_type = hidden.device.type
-    hidden, bias = autocast_to(hidden, device_type), autocast_to(bias, device_type)
-    weight = autocast_to(weight, device_type)
+    hidden, weight = autocast_to(hidden, device_type), autocast_to(weight, device_type)
+    bias = None if bias is None else autocast_to(bias, device_type)
     if hidden.dtype != weight.dtype:
         raise TypeError(
-            f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}. Cast one of them, or run under "
-            "torch.autocast."
+            f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}. Cast one of them, or run "
+            "under torch.autocast."
         )
     if shift:
         target = F.pad(target[..., 1:], (0, 1), value=options.ignore_index)
@@ -108,8 +109,8 @@ def head_rows(
 def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, debug: bool) -> None:
     """Raises ValueError for a target outside the vocabulary.
 
-    On an accelerator the check is asynchronous, so as not to wait for the device, and the error surfaces as
-    a device-side assertion; ``debug=True`` waits and raises here.
+    On an accelerator the check is asynchronous, so as not to wait for the device, and the error
+    surfaces as a device-side assertion; ``debug=True`` waits and raises here.
     """
     if target.numel() == 0 or torch.compiler.is_compiling():
         return
@@ -120,13 +121,13 @@ def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, d
     if not valid.all():
         row = int((~valid).flatten().nonzero()[0])
         raise ValueError(
-            f"{op}: target {int(target.flatten()[row])} at flat position {row} is outside the vocabulary of "
-            f"{vocabulary} and is not ignore_index={ignore_index}."
+            f"{op}: target {int(target.flatten()[row])} at flat position {row} is outside the "
+            f"vocabulary of {vocabulary} and is not ignore_index={ignore_index}."
         )
 
 
 def rows_like(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:
-    """``value`` (a tangent or perturbed copy of an input) checked and in the layout and dtype of ``like``."""
+    """``value``, a tangent or perturbed copy of an input, in the layout and dtype of ``like``."""
     if value.numel() != like.numel() or value.shape[-1:] != like.shape[-1:]:
         raise ValueError(
             f"{op}: {name} has shape {list(value.shape)}, which does not match {list(like.shape)}."
@@ -134,6 +135,20 @@ def rows_like(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:
     if not value.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}.")
     return value.reshape(like.shape).to(like.dtype)
+
+
+def refuse_second_derivatives(op: str) -> None:
+    """For the backward of a function whose gradients carry no graph: raises under
+    create_graph=True.
+
+    PyTorch would drop the missing part without a word where other paths reach the same input.
+    torch.func.grad always asks for a graph, so there nothing can be told apart.
+    """
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op}: second derivatives (create_graph=True) are not implemented by this backend. "
+            "Pass backend='reference'."
+        )
 
 
 def to_labels(rows: Tensor, shape: torch.Size, shift: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""Raw operators of the linear head, over N rows. ``softcap`` 0 means none; an unwanted gradient is [0].
+"""Raw operators of the linear head, over N rows. ``softcap`` 0 means none; an unwanted gradient is
+[0].
 
-They carry no derivative formulas but those that torch.compile needs: under forward AD they would lose the
-tangent without a word, so they raise on dual tensors. The public functions are the way in.
+They carry no derivative formulas but those that torch.compile needs: under forward AD they would
+lose the tangent without a word, so they raise on dual tensors. The public functions are the way in.
 """
 
 import torch
@@ -9,8 +10,6 @@ from torch import Tensor
 
 from vcore_kernels._library import define, no_derivative
 from vcore_kernels.backends.reference import statistics_dtype
-
-_OPTIONS = "float softcap, float scale, int ignore_index"
 
 
 def _statistics(hidden: Tensor) -> Tensor:
@@ -29,7 +28,8 @@ def fake_forward(hidden, weight, target, bias, softcap, scale, ignore_index, kee
     rows = _wanted(hidden, keep_rows)
     if hidden.dtype == torch.float16 and keep_rows:
         rows = rows.float()
-    return _statistics(hidden), _statistics(hidden), rows
+    nll = _statistics(hidden)
+    return nll, nll.new_empty((2, *nll.shape)), rows
 
 
 def _fake_backward(
@@ -80,31 +80,34 @@ def _fake_two_losses(hidden, *_):
     return _statistics(hidden), _statistics(hidden)
 
 
+_HEAD = "Tensor hidden, Tensor weight, Tensor target"
+_OPTIONS = "float softcap, float scale, int ignore_index"
+_NEEDS = "bool need_hidden, bool need_weight, bool need_bias"
+
 define(
-    f"linear_nll_forward(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, {_OPTIONS}, bool keep_rows)"
+    f"linear_nll_forward({_HEAD}, Tensor? bias, {_OPTIONS}, bool keep_rows)"
     " -> (Tensor nll, Tensor lse, Tensor rows)",
     fake_forward,
 )
 define(
-    "linear_nll_backward(Tensor grad_nll, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor nll,"
-    f" Tensor lse, {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"linear_nll_backward(Tensor grad_nll, {_HEAD}, Tensor? bias, Tensor nll, Tensor lse,"
+    f" {_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 define(
-    "weighted_linear_nll_forward(Tensor hidden, Tensor weight, Tensor target, Tensor token_weight, Tensor? bias,"
-    f" {_OPTIONS}, bool need_hidden, bool need_weight, bool need_bias)"
+    f"weighted_linear_nll_forward({_HEAD}, Tensor token_weight, Tensor? bias, {_OPTIONS}, {_NEEDS})"
     " -> (Tensor nll, Tensor, Tensor, Tensor)",
     fake_weighted,
 )
 define(
-    "linear_nll_jvp(Tensor hidden, Tensor weight, Tensor target, Tensor hidden_tangent, Tensor? weight_tangent,"
-    f" Tensor? bias, Tensor? bias_tangent, {_OPTIONS}) -> (Tensor nll, Tensor nll_tangent)",
+    f"linear_nll_jvp({_HEAD}, Tensor hidden_tangent, Tensor? weight_tangent, Tensor? bias,"
+    f" Tensor? bias_tangent, {_OPTIONS}) -> (Tensor nll, Tensor nll_tangent)",
     _fake_two_losses,
 )
 define(
-    "linear_nll_pair(Tensor hidden, Tensor hidden_perturbed, Tensor weight, Tensor target, Tensor? weight_perturbed,"
-    f" Tensor? bias, Tensor? bias_perturbed, {_OPTIONS}) -> (Tensor nll, Tensor difference)",
+    "linear_nll_pair(Tensor hidden, Tensor hidden_perturbed, Tensor weight, Tensor target,"
+    " Tensor? weight_perturbed, Tensor? bias, Tensor? bias_perturbed,"
+    f" {_OPTIONS}) -> (Tensor nll, Tensor difference)",
     _fake_two_losses,
 )
 define(

@@ -1,7 +1,7 @@
 """The operator library ``torch.ops.vcore_kernels``: schemas are declared here in Python, once each.
 
-The compiled library (``_C.so``, built from ``csrc/``) only supplies implementations for the CPU dispatch
-key and is optional. Every op module calls :func:`define` for its own operators.
+The compiled library (``_C.so``, built from ``csrc/``) only supplies implementations for the CPU
+dispatch key and is optional. Every op module calls :func:`define` for its own operators.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ COMPILED_PATH = Path(__file__).with_name("_C.so")
 
 
 def define(schema: str, fake: Callable | None = None) -> None:
-    """Declares ``schema`` and its fake (shape-only) implementation, which torch.compile traces with."""
+    """Declares ``schema`` and the fake (shape-only) implementation that torch.compile traces."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if fake is not None:
         torch.library.register_fake(f"{NAMESPACE}::{schema.split('(')[0]}", fake, lib=LIBRARY)
@@ -25,8 +25,9 @@ def define(schema: str, fake: Callable | None = None) -> None:
 def no_derivative(name: str) -> None:
     """Gives operator ``name`` an autograd kernel that refuses forward AD.
 
-    An operator without one drops the tangent of a dual tensor without a word: utilities would read zero and
-    weights uniform. For operators that only run inside the autograd functions of this library.
+    An operator without one drops the tangent of a dual tensor without a word: utilities would read
+    zero and weights uniform. For operators that only run inside the autograd functions of this
+    library.
     """
 
     def kernel(keyset, *args):
@@ -35,8 +36,9 @@ def no_derivative(name: str) -> None:
                 tangent = fwAD.unpack_dual(arg).tangent
                 if tangent is not None:
                     raise RuntimeError(
-                        f"{NAMESPACE}::{name} has no forward derivative and would lose the tangent. Call "
-                        f"{NAMESPACE}.{name.removesuffix('_forward')} instead of the raw operator."
+                        f"{NAMESPACE}::{name} has no forward derivative and would lose the "
+                        f"tangent. Call {NAMESPACE}.{name.removesuffix('_forward')} "
+                        "instead of the raw operator."
                     )
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -44,10 +46,30 @@ def no_derivative(name: str) -> None:
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
+def differentiable(name: str, function: type[torch.autograd.Function], forward: Callable) -> None:
+    """Gives operator ``name`` the derivatives of ``function``; ``forward`` is the call without
+    them.
+
+    The operator is for torch.compile, which cannot trace a function with a ``jvp``. Eagerly the
+    public function applies ``function`` itself, which torch.func can transform.
+    """
+
+    def kernel(*args):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{NAMESPACE}::{name}: torch.func transforms do not reach inside an operator. Call "
+                f"{NAMESPACE}.{name} outside torch.compile instead."
+            )
+        return function.apply(*args)
+
+    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel, "Autograd")
+
+
 def _load() -> str | None:
     """Loads the compiled kernels; returns why that was not possible, or None."""
     if not COMPILED_PATH.exists():
-        return f"{COMPILED_PATH.name} is not built (VCORE_BUILD_CPP=1 pip install . needs a C++ compiler)"
+        return f"{COMPILED_PATH.name} is not built (install with VCORE_BUILD_CPP=1 to see why)"
     try:
         torch.ops.load_library(str(COMPILED_PATH))
     except OSError as error:

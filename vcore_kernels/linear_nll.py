@@ -2,11 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vcore_kernels import _head_ops
-from vcore_kernels._head import HeadOptions, head_rows, to_labels
-from vcore_kernels._library import LIBRARY, define
+from vcore_kernels._head import HeadOptions, head_rows, refuse_second_derivatives, to_labels
+from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
 
 _ops = torch.ops.vcore_kernels
@@ -15,7 +14,8 @@ _ops = torch.ops.vcore_kernels
 class _LinearNll(torch.autograd.Function):
     """nll, and for backward: the log-sum-exp, and with ``keep_rows`` the rows d nll_n / d hidden_n.
 
-    With kept rows (a frozen head) backward is one multiplication; otherwise it forms the logits again.
+    With kept rows (a frozen head) backward is one multiplication; otherwise it forms the logits
+    again.
     """
 
     @staticmethod
@@ -35,8 +35,8 @@ class _LinearNll(torch.autograd.Function):
         ctx.save_for_forward(hidden, weight, target, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_nll, *_):
+        refuse_second_derivatives("linear_nll")
         if grad_nll is None:
             return (None,) * 8
         hidden, weight, target, bias, nll, lse, rows = ctx.saved_tensors
@@ -73,23 +73,11 @@ class _LinearNll(torch.autograd.Function):
 
 
 define(
-    "linear_nll(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float softcap, float scale,"
-    " int ignore_index, bool keep_rows) -> (Tensor nll, Tensor lse, Tensor rows)",
+    "linear_nll(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float softcap,"
+    " float scale, int ignore_index, bool keep_rows) -> (Tensor nll, Tensor lse, Tensor rows)",
     _head_ops.fake_forward,
 )
-LIBRARY.impl("linear_nll", _ops.linear_nll_forward, "CompositeExplicitAutograd")
-
-
-def _autograd(*args):
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "vcore_kernels::linear_nll: torch.func transforms do not reach inside an operator. Call "
-            "vcore_kernels.linear_nll instead."
-        )
-    return _LinearNll.apply(*args)
-
-
-LIBRARY.impl("linear_nll", _autograd, "Autograd")
+differentiable("linear_nll", _LinearNll, _ops.linear_nll_forward)
 
 
 def linear_nll(
@@ -107,35 +95,41 @@ def linear_nll(
 ) -> Tensor:
     """Cross-entropy of each token under a linear head: ``-log softmax(logits)[target]``, in nats.
 
-    ``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, never stored. Differentiable in
-    ``hidden``, ``weight`` and ``bias`` for any upstream gradient (which *is* the weight of each token), in
-    reverse and in forward mode (``torch.func.jvp``, ``torch.autograd.forward_ad``), and under
-    ``torch.compile(fullgraph=True)``. Rows whose target is ``ignore_index`` cost no matrix product, rows whose upstream
-    gradient is zero none in backward.
+    ``logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, never stored.
+    Differentiable in ``hidden``, ``weight`` and ``bias`` for any upstream gradient (which *is* the
+    weight of each token), in reverse and in forward mode (``torch.func.jvp``,
+    ``torch.autograd.forward_ad``), and under ``torch.compile(fullgraph=True)``. Rows whose target
+    is ``ignore_index`` cost no matrix product, rows whose upstream gradient is zero none in
+    backward.
 
     In products of N x V x H: 1 forward; with a frozen head 2 in all (forward keeps the rows
     d nll / d hidden), with a trained head 4. With weights known beforehand
     :func:`vcore_kernels.weighted_linear_nll` needs 2 and 3.
 
     Args:
-        hidden: [..., H], float32, float64, bfloat16 or float16; the dtype of the products. Accumulation is
+        hidden: [..., H], float32, float64, bfloat16 or float16; the dtype of the products.
+        Accumulation is
             float32 (float64 for float64).
         weight: [V, H], the dtype of ``hidden``. Under autocast both are cast as for a linear layer.
-        target: [...] int64 in [0, V) or ``ignore_index``. With ``shift=1`` the labels of a language model:
-            ``nll[..., t]`` is the loss of label t, predicted from ``hidden[..., t - 1]``; position 0 gives 0.
-            In a packed batch the first label of each further segment must be ``ignore_index``.
+        target: [...] int64 in [0, V) or ``ignore_index``. With ``shift=1`` the labels of a language
+        model:
+            ``nll[..., t]`` is the loss of label t, predicted from ``hidden[..., t - 1]``; position
+            0 gives 0. In a packed batch the first label of each further segment must be
+            ``ignore_index``.
         bias: [V] or None.
         softcap: Bound of the logits (Gemma 2), or None.
         scale: Factor on the logits, before the soft cap.
         backend: "auto", or one of :func:`vcore_kernels.backends`.
-        debug: Wait for an accelerator's check that targets lie in the vocabulary (a CPU always checks).
+        debug: Wait for an accelerator's check that targets lie in the vocabulary (a CPU always
+        checks).
 
     Returns:
-        nll, shaped like ``target``; float32, or float64 for float64 input. 0 where ignored. On a CPU the nll of a
-        token does not depend on the batch around it, bit for bit.
+        nll, shaped like ``target``; float32, or float64 for float64 input. 0 where ignored. On a
+        CPU the nll of a token does not depend on the batch around it, bit for bit.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the vocabulary.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the
+        vocabulary.
         BackendError: a named backend that cannot serve the call.
 
     Source: DESIGN section 4; the online log-sum-exp is Milakov and Gimelshein (arXiv 1805.02867).

@@ -26,10 +26,10 @@ def linear_nll_jvp(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each token and its derivative along a tangent, from one sweep over the weight.
 
-    The tangent is ``sum over v != target of p_v * (dz_v - dz_target)`` with ``dz = hidden_tangent @ weight.T + hidden @
-    weight_tangent.T + bias_tangent``: differences, so that a confident token keeps its relative accuracy. Two
-    products of N x V x H (three with ``weight_tangent``) that share every load of the weight. No gradient flows
-    through the result.
+    The tangent is ``sum over v != target of p_v * (dz_v - dz_target)`` with ``dz = hidden_tangent @
+    weight.T + hidden @ weight_tangent.T + bias_tangent``: differences, so that a confident token
+    keeps its relative accuracy. Two products of N x V x H (three with ``weight_tangent``) that
+    share every load of the weight. No gradient flows through the result.
 
     Args:
         hidden_tangent: shaped like ``hidden``; cast to its dtype.
@@ -38,12 +38,14 @@ def linear_nll_jvp(
         Everything else as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
-        (nll, nll_tangent), both shaped like ``target``, float32 (float64 for float64); 0 where ignored.
+        (nll, nll_tangent), both shaped like ``target``, float32 (float64 for float64); 0 where
+        ignored.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
 
-    Source: the utility of VCORE (arXiv 2510.27462) as a forward-mode derivative, DESIGN sections 1 and 4.
+    Source: the utility of VCORE (arXiv 2510.27462) as a forward-mode derivative, DESIGN sections 1
+    and 4.
     """
     op = "linear_nll_jvp"
     options = HeadOptions(softcap, scale, ignore_index)

@@ -26,10 +26,11 @@ def linear_nll_pair(
 ) -> tuple[Tensor, Tensor]:
     """Loss of each token, and how much it exceeds the loss at a perturbed point.
 
-    The compiled backends take the difference between the *inputs* of both points and carry it through the
-    logits: ``nll - nll_perturbed = -log1p((1 - p_target) * expm1(change))``, where ``change`` is the log of the mean of
-    exp(dz_v) over the other classes minus dz_target. Its relative error stays that of the inputs however close the
-    points are, where subtracting two losses leaves rounding noise. Two products of N x V x H (three with
+    The compiled backends take the difference between the *inputs* of both points and carry it
+    through the logits: ``nll - nll_perturbed = -log1p((1 - p_target) * expm1(change))``, where
+    ``change`` is the log of the mean of exp(dz_v) over the other classes minus dz_target. The error
+    is one rounding of the inputs' difference to their dtype, however close the points are, where
+    subtracting two losses leaves rounding noise. Two products of N x V x H (three with
     ``weight_perturbed``) that share every load of the weight. No gradient flows through the result.
 
     Args:
@@ -39,12 +40,14 @@ def linear_nll_pair(
         Everything else as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
-        (nll, nll - nll_perturbed), both shaped like ``target``, float32 (float64 for float64); 0 where ignored.
+        (nll, nll - nll_perturbed), both shaped like ``target``, float32 (float64 for float64); 0
+        where ignored.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
 
-    Source: the finite-difference utility of VCORE (arXiv 2510.27462), before its division by epsilon.
+    Source: the finite-difference utility of VCORE (arXiv 2510.27462), before its division by
+    epsilon.
     """
     op = "linear_nll_pair"
     options = HeadOptions(softcap, scale, ignore_index)

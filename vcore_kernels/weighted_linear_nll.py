@@ -2,11 +2,16 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vcore_kernels import _head_ops
-from vcore_kernels._head import HeadOptions, head_rows, to_labels, to_rows
-from vcore_kernels._library import LIBRARY, define
+from vcore_kernels._head import (
+    HeadOptions,
+    head_rows,
+    refuse_second_derivatives,
+    to_labels,
+    to_rows,
+)
+from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
 
 _ops = torch.ops.vcore_kernels
@@ -56,8 +61,8 @@ class _WeightedLinearNll(torch.autograd.Function):
         ctx.save_for_forward(hidden, weight, target, token_weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, *_):
+        refuse_second_derivatives("weighted_linear_nll")
         if grad_loss is None:
             return (None,) * 11
         d_hidden, d_weight, d_bias = (
@@ -82,27 +87,16 @@ def weighted_sum(token_weight: Tensor, nll: Tensor) -> Tensor:
 
 
 define(
-    "weighted_linear_nll(Tensor hidden, Tensor weight, Tensor target, Tensor token_weight, Tensor? bias, float softcap,"
-    " float scale, int ignore_index, bool need_hidden, bool need_weight, bool need_bias)"
+    "weighted_linear_nll(Tensor hidden, Tensor weight, Tensor target, Tensor token_weight,"
+    " Tensor? bias, float softcap, float scale, int ignore_index, bool need_hidden, bool need_weight,"
+    " bool need_bias)"
     " -> (Tensor loss, Tensor nll, Tensor, Tensor, Tensor)",
     lambda *args: (
         args[0].new_empty((), dtype=reference.statistics_dtype(args[0].dtype)),
         *_head_ops.fake_weighted(*args),
     ),
 )
-LIBRARY.impl("weighted_linear_nll", _WeightedLinearNll.forward, "CompositeExplicitAutograd")
-
-
-def _autograd(*args):
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "vcore_kernels::weighted_linear_nll: torch.func transforms do not reach inside an operator. Call "
-            "vcore_kernels.weighted_linear_nll instead."
-        )
-    return _WeightedLinearNll.apply(*args)
-
-
-LIBRARY.impl("weighted_linear_nll", _autograd, "Autograd")
+differentiable("weighted_linear_nll", _WeightedLinearNll, _WeightedLinearNll.forward)
 
 
 def weighted_linear_nll(
@@ -119,24 +113,28 @@ def weighted_linear_nll(
     backend: str = "auto",
     debug: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``sum(token_weight * nll)`` with the gradients formed in the forward pass, while the logits are at hand.
+    """``sum(token_weight * nll)`` with the gradients formed in the forward pass, while the logits
+    are at hand.
 
-    In products of N x V x H, forward and backward together: 2 with a frozen head, 3 with a trained one. Rows of weight
-    0 cost one product for their loss and none for gradients. ``token_weight`` is a constant: no gradient flows
-    into it.
+    In products of N x V x H, forward and backward together: 2 with a frozen head, 3 with a trained
+    one. Rows of weight 0 cost one product for their loss and none for gradients. ``token_weight``
+    is a constant: no gradient flows into it.
 
     Args:
-        token_weight: shaped like ``target`` (with ``shift=1``: the weight of label t stands at t); any sign,
+        token_weight: shaped like ``target`` (with ``shift=1``: the weight of label t stands at t);
+        any sign,
             finite; put alpha * q * n / num_items here.
         Everything else as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
-        (loss, nll): the 0-dim weighted sum, and the detached per-token losses shaped like ``target``, given for
-        every supervised row, zero-weight rows included. float32, or float64 for float64 input. Where every row is
-        ignored the loss is a zero that is still connected to the graph.
+        (loss, nll): the 0-dim weighted sum, and the detached per-token losses shaped like
+        ``target``, given for every supervised row, zero-weight rows included. float32, or float64
+        for float64 input. Where every row is ignored the loss is a zero that is still connected to
+        the graph.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the vocabulary.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the
+        vocabulary.
         BackendError: a named backend that cannot serve the call.
     """
     op = "weighted_linear_nll"
@@ -144,8 +142,8 @@ def weighted_linear_nll(
     rows = head_rows(op, hidden, weight, target, bias, options, shift, debug)
     if token_weight.shape != target.shape:
         raise ValueError(
-            f"{op}: token_weight has shape {list(token_weight.shape)}, target {list(target.shape)}. Pass one weight for "
-            "each target."
+            f"{op}: token_weight has shape {list(token_weight.shape)}, target "
+            f"{list(target.shape)}. Pass one weight for each target."
         )
     if token_weight.is_complex() or token_weight.dtype == torch.bool:
         raise TypeError(f"{op}: token_weight must be a real number, got {token_weight.dtype}.")

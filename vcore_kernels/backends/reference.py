@@ -3,6 +3,8 @@
 It stores the logits. Everything else in this library is tested against it in float64.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
@@ -22,10 +24,17 @@ def head_logits(
     scale: float,
 ) -> Tensor:  # [N, V]
     acc = statistics_dtype(hidden.dtype)
-    logits = (
-        F.linear(hidden.to(acc), weight.to(acc), None if bias is None else bias.to(acc)) * scale
-    )
+    bias = None if bias is None else bias.to(acc)
+    with without_autocast(hidden.device.type):
+        logits = F.linear(hidden.to(acc), weight.to(acc), bias) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast would round the products back to 16 bits."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def nll_of_logits(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -96,7 +105,7 @@ def linear_nll_pair(
     scale,
     ignore_index,
 ) -> tuple[Tensor, Tensor]:
-    """Base loss, and base minus perturbed loss by plain subtraction (run it in float64 as an oracle)."""
+    """Base loss, and base minus perturbed loss by plain subtraction."""
     acc = statistics_dtype(hidden.dtype)
     args = (target, bias if bias is None else bias.to(acc), softcap, scale, ignore_index)
     nll = linear_nll(hidden.to(acc), weight.to(acc), *args)

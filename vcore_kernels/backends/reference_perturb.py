@@ -31,10 +31,11 @@ def perturb_(
     epsilon: float,
     seed: int | None,
 ) -> Tensor:  # [tensors, 3] int64
-    """theta <- round(theta - epsilon * g), the old bits into ``saved`` (uint8, or ``direction`` itself).
+    """theta <- round(theta - epsilon * g), the old bits into ``saved`` (uint8, or ``direction``
+    itself).
 
-    Returns for each tensor how many entries of the direction are not zero, how many entries of theta changed
-    their bits, and whether the direction holds NaN or infinity.
+    Returns for each tensor how many entries of the direction are not zero, how many entries of
+    theta changed their bits, and whether the direction holds NaN or infinity.
     """
     counts: list[Tensor] = []
     try:
