@@ -315,6 +315,7 @@ def test_evaluation_with_metrics_sees_the_logits(tmp_path):
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_step_without_supervised_tokens_is_a_connected_zero(tmp_path, packing):
     trainer = make_trainer(tmp_path, packing=packing)
+    trainer.create_optimizer()
     batch = trainer.data_collator(example_rows(2))
     batch["labels"] = torch.full_like(batch["labels"], -100)
     for method in METHODS:
