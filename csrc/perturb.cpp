@@ -25,18 +25,23 @@ constexpr int64_t kRun = 32 * kPerturbBlock;
 // From here on, the tensors do not fit into the caches that the next pass would find them in.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-PerturbFn perturb_run() {
+struct Kernels {
+  PerturbFn perturb_run;
+  CopyFn copy_bytes;
+};
+
+Kernels kernels() {
   switch (isa()) {
 #if defined(__x86_64__)
     case Isa::avx512bf16:
-      return avx512bf16::perturb_run;
+      return {avx512bf16::perturb_run, avx512bf16::copy_bytes};
     case Isa::avx512:
-      return avx512::perturb_run;
+      return {avx512::perturb_run, avx512::copy_bytes};
     case Isa::avx2:
-      return avx2::perturb_run;
+      return {avx2::perturb_run, avx2::copy_bytes};
 #endif
     default:
-      return baseline::perturb_run;
+      return {baseline::perturb_run, baseline::copy_bytes};
   }
 }
 
@@ -132,7 +137,7 @@ Tensor perturb(TensorList params, TensorList direction, TensorList saved, double
   const bool swap = !params.empty() && saved[0].is_same(direction[0]);
   const PerturbOptions options{epsilon, static_cast<uint64_t>(seed.value_or(0)), seed.has_value(),
                                !swap && total_bytes(params) >= kStreamBytes};
-  const auto run = perturb_run();
+  const auto run = kernels().perturb_run;
   std::vector<std::atomic<int64_t>> counts(3 * params.size());
   for_each_run(params, [&](int64_t t, int64_t offset, int64_t size) {
     PerturbRun call = whole[t];
@@ -164,11 +169,12 @@ Tensor perturb_swap(TensorList params, TensorList direction, double epsilon,
 void restore(TensorList params, TensorList saved) {
   check_saved(params, saved);
   const bool stream = total_bytes(params) >= kStreamBytes;
+  const auto copy_bytes = kernels().copy_bytes;
   for_each_run(params, [&](int64_t t, int64_t offset, int64_t size) {
     const int64_t width = params[t].element_size();
-    baseline::copy_bytes(static_cast<char*>(params[t].data_ptr()) + offset * width,
-                         static_cast<const char*>(saved[t].const_data_ptr()) + offset * width,
-                         size * width, stream);
+    copy_bytes(static_cast<char*>(params[t].data_ptr()) + offset * width,
+               static_cast<const char*>(saved[t].const_data_ptr()) + offset * width, size * width,
+               stream);
   });
 }
 
