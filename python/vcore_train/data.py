@@ -7,14 +7,16 @@ turn, the assistant's, is the response. Every complaint about a row names the fi
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+from vcore_train.modeling import IGNORE_INDEX
+
+ANSWER_MARK = "####"
 PROMPT_FIELDS = ("prompt", "question", "instruction", "problem", "query", "input")
 RESPONSE_FIELDS = ("response", "completion", "solution", "output", "answer", "target")
 CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
@@ -46,7 +48,7 @@ class Encoded:
 
     @property
     def supervised_tokens(self) -> int:
-        return sum(label != IGNORED for row in self.rows for label in row["labels"])
+        return sum(label != IGNORE_INDEX for row in self.rows for label in row["labels"])
 
 
 def read_examples(
@@ -94,30 +96,49 @@ def read_examples(
     return examples, skipped
 
 
-def prompt_tokens(prompt: str | Conversation, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The prompt as the model sees it, up to where the response begins.
+def plain_text(prompt: str | Conversation) -> str:
+    """A prompt without any template: its text, or its turns one after the other."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(turn["content"] for turn in prompt)
+
+
+def prompt_tokens(
+    prompts: Sequence[str | Conversation], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """The prompts as the model sees them, up to where the response begins.
 
     With the tokenizer's chat template and its generation prompt where there is one, otherwise the
     plain text and a line break, after the tokenizer's own beginning-of-sequence token.
     """
     if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-    ids = tokenizer(f"{text}\n", add_special_tokens=False)["input_ids"]
+        conversations = [
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            for prompt in prompts
+        ]
+        texts = [
+            tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            for turns in conversations
+        ]
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    texts = [f"{plain_text(prompt)}\n" for prompt in prompts]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     first = tokenizer("")["input_ids"][:1]
-    return [*first, *ids] if first and first[0] == tokenizer.bos_token_id else ids
+    starts = bool(first) and first[0] == tokenizer.bos_token_id
+    return [[*first, *row] for row in ids] if starts else ids
 
 
 def encode(
-    examples: Iterable[Example],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     too_long: str = "error",
 ) -> Encoded:
     """Token rows: prompt, response, end-of-sequence; ``labels`` are -100 on the prompt.
+
+    ``answer_mask`` is 1 from a response's last ``####`` on, as in GSM8K: the answer, which the
+    random-mask method always supervises. It is 0 everywhere in a response without one.
 
     ``max_length``: tokens a row may have, at most the model's window. ``too_long`` says what
     becomes of a longer one: ``"error"`` names it, ``"truncate"`` cuts the end of its response (and
@@ -131,9 +152,9 @@ def encode(
         raise ValueError("encode: the tokenizer has no end-of-sequence token to end a response.")
     rows = []
     skipped = truncated = 0
-    for example in examples:
-        prompt = prompt_tokens(example.prompt, tokenizer)
-        response = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+    prompts = prompt_tokens([example.prompt for example in examples], tokenizer)
+    responses = _response_tokens([example.response for example in examples], tokenizer)
+    for example, prompt, (response, is_answer) in zip(examples, prompts, responses, strict=True):
         ids = [*prompt, *response, tokenizer.eos_token_id]
         if len(ids) > max_length:
             if too_long == "error":
@@ -147,10 +168,24 @@ def encode(
                 continue
             truncated += 1
             ids = ids[:max_length]
-        rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
+        answer = [*[0] * len(prompt), *is_answer, max(is_answer, default=0)][: len(ids)]
+        rows.append({"input_ids": ids, "labels": labels, "answer_mask": answer})
     if not rows:
         raise ValueError(f"encode: none of the rows fits into {max_length} tokens.")
     return Encoded(rows, skipped, truncated)
+
+
+def _response_tokens(
+    responses: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of each response, and 1 for those that reach into its answer."""
+    fast = tokenizer.is_fast  # only these know where in the text a token stands
+    found = tokenizer(list(responses), add_special_tokens=False, return_offsets_mapping=fast)
+    for place, (response, ids) in enumerate(zip(responses, found["input_ids"], strict=True)):
+        start = response.rfind(ANSWER_MARK) if fast else -1
+        spans = found["offset_mapping"][place] if fast else []
+        yield ids, [int(end > start) for _, end in spans] if start >= 0 else [0] * len(ids)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@ import json
 
 import pytest
 from transformers import AutoTokenizer
-from vcore_train.data import IGNORED, encode, prompt_tokens, read_examples
+from vcore_train.data import encode, prompt_tokens, read_examples
+from vcore_train.modeling import IGNORE_INDEX
 from vcore_train.tokenizer import END, SMALLEST_VOCABULARY, train_tokenizer
 
 TEXTS = ["What is 17 + 5?", "17 + 5 = 22", "Ana has 3 apples.", "naïve — 数"]
@@ -138,13 +139,23 @@ def test_labels_cover_the_response_and_its_end(tokenizer, tmp_path):
     path = write(tmp_path / "x.jsonl", {"question": "What is 17 + 5?", "answer": "17 + 5 = 22"})
     encoded = encode(read_examples(path)[0], tokenizer, max_length=100)
     (row,) = encoded.rows
-    supervised = [label for label in row["labels"] if label != IGNORED]
+    supervised = [label for label in row["labels"] if label != IGNORE_INDEX]
     prompt = row["input_ids"][: len(row["input_ids"]) - len(supervised)]
     assert tokenizer.decode(prompt) == "What is 17 + 5?\n"
     assert tokenizer.decode(supervised) == "17 + 5 = 22" + END
     assert row["input_ids"] == prompt + supervised
     assert encoded.tokens == len(row["input_ids"])
     assert encoded.supervised_tokens == len(supervised)
+
+
+def test_answer_mask_marks_the_final_answer(tokenizer, tmp_path):
+    rows = [{"question": "q", "answer": "3 + 4 = 7\n#### 7"}, {"question": "q", "answer": "7"}]
+    encoded = encode(read_examples(write(tmp_path / "x.jsonl", *rows))[0], tokenizer, max_length=99)
+    first, second = encoded.rows
+    kept = [i for i, m in zip(first["input_ids"], first["answer_mask"], strict=True) if m]
+    assert tokenizer.decode(kept) == "#### 7" + END
+    assert set(second["answer_mask"]) == {0}
+    assert len(second["answer_mask"]) == len(second["input_ids"])
 
 
 def test_chat_template_is_used_where_there_is_one(tokenizer, tmp_path):
@@ -154,9 +165,11 @@ def test_chat_template_is_used_where_there_is_one(tokenizer, tmp_path):
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    assert chatty.decode(prompt_tokens("q", chatty)) == "[user]q[assistant]"
-    assert chatty.decode(prompt_tokens(turns, chatty)) == "[system]s[user]q[assistant]"
-    assert tokenizer.decode(prompt_tokens(turns, tokenizer)) == "s\nq\n"
+    assert [chatty.decode(ids) for ids in prompt_tokens(["q", turns], chatty)] == [
+        "[user]q[assistant]",
+        "[system]s[user]q[assistant]",
+    ]
+    assert [tokenizer.decode(ids) for ids in prompt_tokens([turns], tokenizer)] == ["s\nq\n"]
 
 
 def test_rows_longer_than_the_window(tokenizer, tmp_path):

@@ -1,0 +1,400 @@
+"""The commands of ``vcore``. Heavy imports happen inside, so that ``vcore --help`` is quick."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vcore_train.console import console, quiet_other_libraries
+
+app = typer.Typer(
+    name="vcore",
+    help="Token-weighted supervision for language models: VCORE, and the methods beside it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+Method = Literal["sft", "random", "dft", "iw_sft", "vcore"]
+Direction = Literal["probe", "ema", "momentum", "adam"]
+UtilityMethod = Literal["jvp", "central", "finite_difference"]
+VarianceControl = Literal["utility", "trajectory", "ess", "loss", "none"]
+KlScope = Literal["trajectory", "batch"]
+IwLevel = Literal["sequence", "token"]
+LongRows = Literal["error", "truncate", "skip"]
+EmptyRows = Literal["error", "skip"]
+Schedule = Literal["linear", "cosine", "constant_with_warmup"]
+
+
+def option(help: str, *names: str, panel: str | None = None, **kwargs: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **kwargs)
+
+
+DATA, MODEL, WEIGHTS, OTHERS, RUN = (
+    "Data",
+    "Model",
+    "VCORE: direction, utilities, weights",
+    "Other methods",
+    "Training",
+)
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A .jsonl, .json, .csv or .parquet file, a dataset folder, or a hub name[:config]."
+        ),
+    ],
+    method: Annotated[Method, option("Objective.")] = "vcore",
+    out: Annotated[Path, option("Folder for the model, metrics and plots.")] = Path("vcore-out"),
+    resume: Annotated[
+        bool, option("Continue from the newest checkpoint in --out.", "--resume")
+    ] = False,
+    overwrite: Annotated[bool, option("Replace an earlier run in --out.", "--overwrite")] = False,
+    # data
+    prompt_field: Annotated[
+        str | None, option("Field of the prompt; by default recognised.", panel=DATA)
+    ] = None,
+    response_field: Annotated[
+        str | None, option("Field of the response; by default recognised.", panel=DATA)
+    ] = None,
+    split: Annotated[str, option("Split of a dataset.", panel=DATA)] = "train",
+    limit: Annotated[int | None, option("Only the first rows.", panel=DATA)] = None,
+    eval_data: Annotated[
+        str | None, option("Held-out data, evaluated at the end.", panel=DATA)
+    ] = None,
+    eval_limit: Annotated[int | None, option("Only the first held-out rows.", panel=DATA)] = None,
+    max_length: Annotated[
+        int | None, option("Tokens a row may have (default: the model's window).", panel=DATA)
+    ] = None,
+    long_rows: Annotated[
+        LongRows,
+        option("What becomes of a longer row; truncate cuts the end of its response.", panel=DATA),
+    ] = "error",
+    empty_rows: Annotated[
+        EmptyRows, option("What becomes of a row with an empty response.", panel=DATA)
+    ] = "error",
+    packing: Annotated[
+        bool,
+        option(
+            "Concatenate the rows of a micro-batch instead of padding them.",
+            "--packing",
+            panel=DATA,
+        ),
+    ] = False,
+    # model
+    model: Annotated[
+        str | None,
+        option(
+            "Pretrained model: path or name. Without it, a small one from scratch.", panel=MODEL
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        option("JSON configuration (with model_type) of a model from scratch.", panel=MODEL),
+    ] = None,
+    layers: Annotated[
+        int | None, option("Layers of a Qwen3 model from scratch [default: 6].", panel=MODEL)
+    ] = None,
+    hidden: Annotated[int | None, option("Its width [default: 256].", panel=MODEL)] = None,
+    heads: Annotated[int | None, option("Its attention heads [default: 4].", panel=MODEL)] = None,
+    kv_heads: Annotated[
+        int | None, option("Its key and value heads [default: half the heads].", panel=MODEL)
+    ] = None,
+    intermediate: Annotated[
+        int | None, option("Width of its MLP [default: 3 x hidden].", panel=MODEL)
+    ] = None,
+    window: Annotated[
+        int | None, option("Its window in tokens [default: 2048].", panel=MODEL)
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        option(
+            "Tokenizer of a model from scratch; by default one is trained on the data.", panel=MODEL
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int, option("Entries of a tokenizer trained on the data.", panel=MODEL)
+    ] = 4096,
+    dtype: Annotated[
+        str,
+        option("Precision of pretrained weights: float32, bfloat16, float16, auto.", panel=MODEL),
+    ] = "float32",
+    lora: Annotated[
+        bool, option("Train LoRA adapters over --model.", "--lora", panel=MODEL)
+    ] = False,
+    lora_rank: Annotated[int, option("Rank of the adapters.", panel=MODEL)] = 8,
+    lora_alpha: Annotated[int, option("Scale of the adapters.", panel=MODEL)] = 16,
+    lora_dropout: Annotated[float, option("Dropout before the adapters.", panel=MODEL)] = 0.0,
+    lora_targets: Annotated[
+        str, option("Adapted modules, comma-separated, or all-linear.", panel=MODEL)
+    ] = "all-linear",
+    # vcore
+    direction: Annotated[
+        Direction | None, option("Where the descent direction comes from.", panel=WEIGHTS)
+    ] = None,
+    utility_method: Annotated[
+        UtilityMethod | None, option("How utilities are computed.", panel=WEIGHTS)
+    ] = None,
+    epsilon: Annotated[
+        float | None, option("Step of the difference methods; by default chosen.", panel=WEIGHTS)
+    ] = None,
+    kl_budget: Annotated[
+        float | None,
+        option("Sharpest weights within this KL from uniform, nats [default: 0.1].", panel=WEIGHTS),
+    ] = None,
+    tau: Annotated[float | None, option("Instead: factor on the utilities.", panel=WEIGHTS)] = None,
+    temperature: Annotated[float | None, option("Instead: 1 / tau.", panel=WEIGHTS)] = None,
+    kl_scope: Annotated[KlScope | None, option("Where the budget holds.", panel=WEIGHTS)] = None,
+    variance_control: Annotated[
+        VarianceControl | None, option("How the scale alpha of a step is found.", panel=WEIGHTS)
+    ] = None,
+    variance_cap: Annotated[
+        float | None, option("Upper bound of alpha; 0 for none.", panel=WEIGHTS)
+    ] = None,
+    every: Annotated[
+        int | None, option("Steps that a direction is kept for.", panel=WEIGHTS)
+    ] = None,
+    anchor_steps: Annotated[
+        int | None, option("Weight only every k-th step.", panel=WEIGHTS)
+    ] = None,
+    probe_batch_size: Annotated[int | None, option("Rows in a probe batch.", panel=WEIGHTS)] = None,
+    probe_max_norm: Annotated[
+        float | None, option("Clip the direction to this norm.", panel=WEIGHTS)
+    ] = None,
+    ema_decay: Annotated[float | None, option("Decay of direction ema.", panel=WEIGHTS)] = None,
+    # others
+    random_keep: Annotated[
+        float | None, option("Supervised share of a response for random.", panel=OTHERS)
+    ] = None,
+    iw_level: Annotated[
+        IwLevel | None, option("Importance weights for iw_sft.", panel=OTHERS)
+    ] = None,
+    # training
+    steps: Annotated[int | None, option("Optimizer steps; instead of --epochs.", panel=RUN)] = None,
+    epochs: Annotated[float, option("Passes over the data.", panel=RUN)] = 1.0,
+    batch_size: Annotated[int, option("Rows in a micro-batch.", panel=RUN)] = 8,
+    accumulation: Annotated[int, option("Micro-batches in an optimizer step.", panel=RUN)] = 1,
+    lr: Annotated[
+        float | None,
+        option("Learning rate [default: 1e-3 from scratch, 2e-5 for --model].", panel=RUN),
+    ] = None,
+    schedule: Annotated[Schedule, option("Learning rate after warm-up.", panel=RUN)] = "linear",
+    warmup: Annotated[
+        float, option("Warm-up: steps, or below 1 a share of all.", panel=RUN)
+    ] = 0.05,
+    weight_decay: Annotated[float, option("Weight decay.", panel=RUN)] = 0.0,
+    max_grad_norm: Annotated[
+        float, option("Gradients are clipped to this norm; 0 for none.", panel=RUN)
+    ] = 1.0,
+    optim: Annotated[
+        str, option("Optimizer, by its name in transformers.", panel=RUN)
+    ] = "adamw_torch",
+    bf16: Annotated[bool, option("Compute in bfloat16 (autocast).", "--bf16", panel=RUN)] = False,
+    checkpointing: Annotated[
+        bool, option("Gradient checkpointing.", "--gradient-checkpointing", panel=RUN)
+    ] = False,
+    cpu: Annotated[
+        bool, option("Use the CPU where there is a GPU too.", "--cpu", panel=RUN)
+    ] = False,
+    seed: Annotated[int, option("Of weights, data order and probes.", panel=RUN)] = 42,
+    save_every: Annotated[
+        int, option("Steps between checkpoints; the last step has one too.", panel=RUN)
+    ] = 500,
+    keep: Annotated[int, option("Checkpoints to keep.", panel=RUN)] = 2,
+    log_every: Annotated[
+        int | None,
+        option("Steps between lines of metrics.jsonl [default: about 200 lines].", panel=RUN),
+    ] = None,
+) -> None:
+    """Train a model on prompts and responses; see --method for the objective."""
+    quiet_other_libraries()
+    import torch
+
+    from vcore_train.models import Size
+    from vcore_train.training import DataOptions, LoraOptions, ModelOptions, TrainOptions
+    from vcore_train.training import train as run
+
+    sizes = {
+        "layers": layers,
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "intermediate": intermediate,
+        "window": window,
+    }
+    size = {name: value for name, value in sizes.items() if value is not None}
+    if size and (model or config):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in size)
+        raise ValueError(
+            f"{flags}: the size is given by {'--model' if model else '--config'} already."
+        )
+    chosen = {
+        "direction": direction,
+        "utility_method": utility_method,
+        "epsilon": epsilon,
+        "kl_budget": kl_budget,
+        "tau": tau,
+        "temperature": temperature,
+        "kl_scope": kl_scope,
+        "variance_control": variance_control,
+        "variance_cap": variance_cap,
+        "every": every,
+        "anchor_steps": anchor_steps,
+        "probe_batch_size": probe_batch_size,
+        "probe_max_norm": probe_max_norm,
+        "ema_decay": ema_decay,
+        "random_keep": random_keep,
+        "iw_level": iw_level,
+    }
+    arguments: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if variance_cap == 0:
+        arguments["variance_cap"] = None
+    arguments |= {
+        "method": method,
+        "packing": packing,
+        "max_steps": -1 if steps is None else steps,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": (2e-5 if model else 1e-3) if lr is None else lr,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": warmup,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "optim": optim,
+        "bf16": bf16,
+        "gradient_checkpointing": checkpointing,
+        "use_cpu": cpu or not torch.accelerator.is_available(),
+        "seed": seed,
+        "save_strategy": "steps",
+        "save_steps": save_every,
+        "save_total_limit": keep,
+        "logging_steps": log_every or (max(1, steps // 200) if steps else 10),
+        "logging_first_step": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    for name, value in (
+        ("--steps", steps),
+        ("--batch-size", batch_size),
+        ("--accumulation", accumulation),
+        ("--save-every", save_every),
+        ("--keep", keep),
+        ("--log-every", log_every),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    summary = run(
+        TrainOptions(
+            data=DataOptions(
+                data=data,
+                eval_data=eval_data,
+                split=split,
+                prompt_field=prompt_field,
+                response_field=response_field,
+                limit=limit,
+                eval_limit=eval_limit,
+                empty_rows=empty_rows,
+                long_rows=long_rows,
+                max_length=max_length,
+            ),
+            model=ModelOptions(
+                model=model,
+                config=config,
+                size=Size(**size),
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                dtype=dtype,
+            ),
+            out=out,
+            arguments=arguments,
+            lora=LoraOptions(lora_rank, lora_alpha, lora_dropout, lora_targets) if lora else None,
+            resume=resume,
+            overwrite=overwrite,
+        ),
+        console,
+    )
+    if summary.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def demo(
+    steps: Annotated[int | None, option("Steps of each method.", show_default="300")] = None,
+    seed: Annotated[int, option("Of everything.")] = 0,
+    out: Annotated[Path, option("Folder for figures, plots and the weights page.")] = Path(
+        "vcore-demo"
+    ),
+    quick: Annotated[
+        bool, option("Seconds instead of minutes: the figures mean nothing.", "--quick")
+    ] = False,
+) -> None:
+    """Train a small model on arithmetic with SFT, DFT, iw-SFT and VCORE, and compare them."""
+    quiet_other_libraries()
+    from vcore_train.demo import FULL, QUICK, run_demo
+
+    run_demo(QUICK if quick else FULL, steps=steps, seed=seed, out=out, console=console)
+
+
+@app.command(name="show-weights")
+def show_weights(
+    checkpoint: Annotated[str, typer.Argument(help="A model or adapter: path or name.")],
+    data: Annotated[str, typer.Argument(help="Rows to probe with and to take the example from.")],
+    row: Annotated[int, option("Which row, counted from 1.")] = 1,
+    prompt: Annotated[str | None, option("Instead of a row: a prompt ...")] = None,
+    response: Annotated[str | None, option("... and its response.")] = None,
+    kl_budget: Annotated[float | None, option("KL from uniform, nats [default: 0.1].")] = None,
+    tau: Annotated[float | None, option("Instead: factor on the utilities.")] = None,
+    temperature: Annotated[float | None, option("Instead: 1 / tau.")] = None,
+    probe_rows: Annotated[int, option("Rows whose mean gradient is the descent direction.")] = 64,
+    prompt_field: Annotated[
+        str | None, option("Field of the prompt; by default recognised.")
+    ] = None,
+    response_field: Annotated[
+        str | None, option("Field of the response; by default recognised.")
+    ] = None,
+    split: Annotated[str, option("Split of a dataset.")] = "train",
+    html: Annotated[Path, option("Where to write the page.")] = Path("weights.html"),
+    seed: Annotated[int, option("Of the choice of probe rows.")] = 0,
+) -> None:
+    """Colour the tokens of one response by the weight that VCORE gives them."""
+    quiet_other_libraries()
+    from vcore_train.show_weights import show
+
+    sharpness = {"kl_budget": kl_budget, "tau": tau, "temperature": temperature}
+    show(
+        checkpoint,
+        data,
+        row=row,
+        pair=None if prompt is None and response is None else (prompt, response),
+        sharpness={name: value for name, value in sharpness.items() if value is not None},
+        probe_rows=probe_rows,
+        prompt_field=prompt_field,
+        response_field=response_field,
+        split=split,
+        html=html,
+        seed=seed,
+        console=console,
+    )
+
+
+@app.command()
+def info() -> None:
+    """Backends, versions and hardware, and why something is off."""
+    quiet_other_libraries()
+    from vcore_train.info import print_info
+
+    print_info(console)

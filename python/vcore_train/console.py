@@ -1,0 +1,31 @@
+"""Where the command line writes, and how it keeps other libraries from writing there too."""
+
+import contextlib
+import logging
+import os
+import warnings
+
+from rich.console import Console
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def quiet_other_libraries() -> None:
+    """Silences progress bars, notices and warnings of the libraries underneath; errors still show.
+
+    For commands only: a library must not change its caller's logging.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with contextlib.suppress(ImportError):
+        import datasets
+
+        datasets.disable_progress_bars()
+        datasets.utils.logging.set_verbosity_error()
+    for name in ("accelerate", "peft", "torch", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|peft|datasets)\b")

@@ -1,0 +1,134 @@
+"""What a training run leaves and shows: a JSON line for every log, step times, a progress bar."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from transformers import TrainerCallback
+
+
+class MetricsFile:
+    """Appends JSON objects to a file, one a line; numbers that are not finite become null."""
+
+    def __init__(self, path: Path, *, keep_up_to: int | None = None):
+        """``keep_up_to``: keep the earlier lines up to this step; None starts the file anew."""
+        self.path = path
+        kept = (
+            [] if keep_up_to is None else [r for r in read_metrics(path) if r["step"] <= keep_up_to]
+        )
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps({name: _finite(value) for name, value in row.items()})}\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; [] where there is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunLog(TrainerCallback):
+    """Collects the figures of one training run, and shows its progress.
+
+    ``rows``: everything logged, each with its ``step``. ``seconds``: wall-clock time of each
+    optimizer step, probing included, saving and evaluation not.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        *,
+        console: Console,
+        file: MetricsFile | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ):
+        self.label, self.console, self.file, self.extra = label, console, file, dict(extra or {})
+        self.rows: list[dict[str, Any]] = []
+        self.seconds: list[float] = []
+        self._began = 0.0
+        self._told = 0
+        self._progress: Progress | None = None
+
+    @property
+    def median_seconds(self) -> float:
+        """Median time of a step; the first of many steps, which warms caches up, does not count."""
+        counted = self.seconds[1:] or self.seconds
+        return statistics.median(counted) if counted else math.nan
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values at which ``name`` was logged."""
+        rows = [row for row in self.rows if row.get(name) is not None]
+        return [row["step"] for row in rows], [row[name] for row in rows]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:<9}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(
+            self.label, total=state.max_steps, completed=state.global_step, figures=""
+        )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self._began)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        row = {**self.extra, "step": state.global_step, **(logs or {})}
+        self.rows.append(row)
+        if self.file is not None:
+            self.file.append(row)
+        if "loss" not in row:
+            return
+        figures = "  ".join(
+            f"{name} {row[name]:.3g}" for name in ("nll", "kl", "ess", "alpha") if name in row
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, figures=figures)
+        elif state.global_step * 10 // max(state.max_steps, 1) > self._told:  # a line every tenth
+            self._told = state.global_step * 10 // max(state.max_steps, 1)
+            self.console.print(
+                f"{self.label:<9} step {state.global_step}/{state.max_steps}  {figures}"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
+        """Ends the progress bar; after an exception too."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,231 @@
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vcore_train import run_log
+from vcore_train.arithmetic import generate_problems
+from vcore_train.cli import main
+from vcore_train.run_log import read_metrics
+
+GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+TINY = ["--layers", "1", "--hidden", "32", "--heads", "2", "--vocab-size", "300", "--window", "256"]
+QUICK = [*TINY, "--batch-size", "4", "--log-every", "1", "--cpu"]
+
+
+@pytest.fixture(autouse=True)
+def other_libraries_speak_again():
+    before = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    rows = ({"prompt": p.prompt, "response": p.response} for p in generate_problems(40))
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+def vcore(*arguments):
+    """The exit code of ``vcore`` with these arguments."""
+    with pytest.raises(SystemExit) as exited:
+        main([str(argument) for argument in arguments])
+    return exited.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def trained(problems, tmp_path_factory):
+    """A tiny model, three steps of VCORE old."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert (
+        vcore("train", problems, "--out", out, "--steps", 3, *QUICK, "--eval-data", problems) == 0
+    )
+    return out
+
+
+def test_train_leaves_a_model_metrics_and_plots(trained, capsys):
+    model = AutoModelForCausalLM.from_pretrained(trained)
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    inputs = tokenizer("17 + 5", return_tensors="pt")
+    logits = model(input_ids=inputs["input_ids"]).logits
+    assert logits.shape[-1] == len(tokenizer)
+    assert torch.isfinite(logits).all()
+
+    rows = [row for row in read_metrics(trained / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        for name in ("loss", "nll", "kl", "tau", "ess", "alpha"):
+            assert math.isfinite(row[name])
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert math.isfinite(summary["eval_loss"])
+    for name in ("loss.png", "weights.png"):
+        assert (trained / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", ["sft", "random", "dft", "iw_sft"])
+def test_every_method_trains(problems, tmp_path, capsys, method):
+    out = tmp_path / "out"
+    assert vcore("train", problems, "--method", method, "--out", out, "--steps", 2, *QUICK) == 0
+    assert "training loss" in capsys.readouterr().out
+    assert {row["method"] for row in read_metrics(out / "metrics.jsonl")} == {method}
+
+
+def test_same_seed_same_model(problems, tmp_path):
+    for name in ("a", "b"):
+        assert vcore("train", problems, "--out", tmp_path / name, "--steps", 2, *QUICK) == 0
+    a, b = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_earlier_run_is_not_overwritten_by_accident(trained, problems, capsys):
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert vcore("train", problems, "--out", trained, "--steps", 1, *QUICK) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_interrupt_saves_and_resume_equals_an_uninterrupted_run(
+    problems, tmp_path, capsys, monkeypatch
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ["train", problems, "--steps", 4, *QUICK]
+    assert vcore(*command, "--out", whole) == 0
+
+    step_end = run_log.RunLog.on_step_end
+
+    def press(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log.RunLog, "on_step_end", press)
+        capsys.readouterr()
+        assert vcore(*command, "--out", parts) == 130
+    assert "--resume" in capsys.readouterr().out
+    assert (parts / "checkpoint-2").is_dir()
+    AutoModelForCausalLM.from_pretrained(parts / "checkpoint-2")
+
+    assert vcore(*command, "--out", parts, "--resume") == 0
+    steps = [row["step"] for row in read_metrics(parts / "metrics.jsonl") if "loss" in row]
+    assert steps == [1, 2, 3, 4]
+    a, b = (AutoModelForCausalLM.from_pretrained(run).state_dict() for run in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_lora_over_a_pretrained_model(trained, problems, tmp_path, capsys):
+    from peft import AutoPeftModelForCausalLM
+
+    out = tmp_path / "adapter"
+    command = ["train", problems, "--model", trained, "--lora", "--lora-rank", 2, "--cpu"]
+    assert vcore(*command, "--out", out, "--steps", 2, "--batch-size", 4, "--log-every", 1) == 0
+    assert "of them trained" in " ".join(capsys.readouterr().out.split())
+    model = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert any("lora_B" in name and p.abs().max() > 0 for name, p in model.named_parameters())
+    assert not (out / "model.safetensors").exists()
+
+
+def test_configuration_file_packing_and_accumulation(problems, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 256,
+            }
+        )
+    )
+    command = ["train", problems, "--config", config, "--steps", 2, "--batch-size", 2, "--cpu"]
+    options = ["--packing", "--accumulation", 2, "--vocab-size", 300, "--bf16"]
+    assert vcore(*command, *options, "--out", tmp_path / "out") == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="the shared GSM8K data is not here")
+def test_gsm8k(tmp_path):
+    out = tmp_path / "out"
+    size = ["--layers", "2", "--hidden", "64", "--heads", "2", "--vocab-size", "600"]
+    command = ["train", GSM8K, "--method", "vcore", "--limit", 200, "--steps", 8, "--cpu", *size]
+    assert vcore(*command, "--batch-size", 4, "--log-every", 1, "--warmup", 1, "--out", out) == 0
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert all(math.isfinite(v) for row in rows for v in row.values() if isinstance(v, float))
+    assert sum(row["nll"] for row in rows[-2:]) < sum(row["nll"] for row in rows[:2])
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tau", "1", "--kl-budget", "0.1"], "at most one of"),
+        (["--kl-budget", "-1"], "kl_budget must be"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--epsilon", "0", "--utility-method", "central"], "epsilon must be"),
+        (["--prompt-field", "nope"], "row 1: the prompt field 'nope' is missing"),
+        (["--max-length", "20"], "row 1: the trajectory has"),
+        (["--max-length", "2000"], "more than the model's window, 256"),
+        (["--hidden", "33"], "--hidden 33 is not an even multiple"),
+        (["--lora"], "pass --model"),
+        (["--config", "none.json"], "none.json"),
+        (["--resume"], "no checkpoint-* folder"),
+        (["--vocab-size", "10"], "vocab_size must be at least"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_1(problems, tmp_path, capsys, options, message):
+    out = tmp_path / "out"
+    size = [] if "--config" in options else QUICK
+    assert vcore("train", problems, "--out", out, *size, *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vcore: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (out / "metrics.jsonl").exists()
+
+
+def test_more_mistakes(tmp_path, capsys):
+    assert vcore("train", tmp_path / "none.jsonl") == 1
+    assert "no such file" in capsys.readouterr().err
+    broken = tmp_path / "x.jsonl"
+    broken.write_text('{"question": "q", "answer": ""}\n')
+    assert vcore("train", broken, "--out", tmp_path / "out") == 1
+    assert "row 1: the response (field 'answer') is empty" in capsys.readouterr().err
+    assert vcore("train", broken, "--method", "magic") == 2
+    assert vcore("train", broken, "--model", tmp_path, "--layers", 3) == 1
+    assert "--layers: the size is given by --model" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        main(["--debug", "train", str(tmp_path / "none.jsonl")])
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_missing_extra_is_named(monkeypatch, capsys, missing):
+    for name in list(sys.modules):
+        if name in ("vcore_train.commands", "vcore_train.console"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    if missing == "rich":
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert vcore("info") == 1
+    assert "pip install 'vcore_kernels[train]'" in capsys.readouterr().err
+
+
+def test_help_and_info(capsys):
+    assert vcore("--help") == 0
+    assert "show-weights" in capsys.readouterr().out
+    assert vcore("info") == 0
+    out = capsys.readouterr().out
+    for name in ("reference", "cpp", "torch", "transformers", "threads", "gpu"):
+        assert name in out
