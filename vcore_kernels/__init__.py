@@ -1,5 +1,6 @@
 """Fused kernels for token-weighted training of language models. See DESIGN in docs/."""
 
+from vcore_kernels._library import check_compiled
 from vcore_kernels.backends import BackendError, backends
 from vcore_kernels.dft_loss import dft_loss
 from vcore_kernels.gibbs_weights import GibbsWeights, gibbs_weights
@@ -20,6 +21,8 @@ from vcore_kernels.sft_loss import sft_loss
 from vcore_kernels.variance_control import variance_control
 from vcore_kernels.vcore_loss import VcoreLoss, vcore_loss
 from vcore_kernels.weighted_linear_nll import weighted_linear_nll
+
+check_compiled()
 
 __all__ = [
     "BackendError",

@@ -114,7 +114,7 @@ define(
     "scale_cast(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",
     lambda x, _, dtype: torch.empty_like(x, dtype=dtype),
 )
-define("set_bf16_engine(str engine) -> bool")
+define("set_bf16_engine(str engine) -> bool", compiled=False)
 
 for _name in (
     "linear_nll_forward",

@@ -15,11 +15,20 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 COMPILED_PATH = Path(__file__).with_name("_C.so")
 
 
-def define(schema: str, fake: Callable | None = None) -> None:
-    """Declares ``schema`` and the fake (shape-only) implementation that torch.compile traces."""
+_compiled: list[str] = []
+
+
+def define(schema: str, fake: Callable | None = None, *, compiled: bool = True) -> None:
+    """Declares ``schema`` and the fake (shape-only) implementation that torch.compile traces.
+
+    ``compiled``: the compiled library has a CPU kernel for it.
+    """
+    name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if fake is not None:
-        torch.library.register_fake(f"{NAMESPACE}::{schema.split('(')[0]}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if compiled:
+        _compiled.append(name)
 
 
 def no_derivative(name: str) -> None:
@@ -78,3 +87,16 @@ def _load() -> str | None:
 
 
 WHY_NOT_COMPILED = _load()
+
+
+def check_compiled() -> None:
+    """To be called when every operator is declared: is the compiled library of this version?"""
+    global WHY_NOT_COMPILED
+    if WHY_NOT_COMPILED is None:
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        missing = [op for op in _compiled if not has_kernel(f"{NAMESPACE}::{op}", "CPU")]
+        if missing:
+            WHY_NOT_COMPILED = (
+                f"{COMPILED_PATH.name} is of another version of this package: it lacks "
+                f"{', '.join(missing)}. Build it again (make build, or pip install)."
+            )

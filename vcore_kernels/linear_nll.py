@@ -76,6 +76,7 @@ define(
     "linear_nll(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float softcap,"
     " float scale, int ignore_index, bool keep_rows) -> (Tensor nll, Tensor lse, Tensor rows)",
     _head_ops.fake_forward,
+    compiled=False,
 )
 differentiable("linear_nll", _LinearNll, _ops.linear_nll_forward)
 

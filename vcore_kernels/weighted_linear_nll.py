@@ -95,6 +95,7 @@ define(
         args[0].new_empty((), dtype=reference.statistics_dtype(args[0].dtype)),
         *_head_ops.fake_weighted(*args),
     ),
+    compiled=False,
 )
 differentiable("weighted_linear_nll", _WeightedLinearNll, _WeightedLinearNll.forward)
 

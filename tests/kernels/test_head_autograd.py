@@ -474,3 +474,17 @@ def test_mistakes_of_single_functions():
         linear_nll_pair(hidden, hidden, weight, target, torch.ones(3, 16))
     with pytest.raises(TypeError, match="token_weight must be a real number"):
         weighted_linear_nll(hidden, weight, target, torch.ones(12, dtype=torch.bool))
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    from vcore_kernels import _library
+
+    monkeypatch.setattr(_library, "WHY_NOT_COMPILED", None)
+    monkeypatch.setattr(_library, "_compiled", ["linear_nll_forward", "of_the_next_version"])
+    _library.check_compiled()
+    assert "lacks of_the_next_version" in vcore_kernels.backends()["cpp"].reason.replace(
+        "linear_nll_forward, ", ""
+    )
+    hidden, weight, target, _ = inputs()
+    linear_nll(hidden, weight, target)
+    assert vcore_kernels.backends.__globals__["last_used"]["linear_nll"] == "reference"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vcore_kernels._library import WHY_NOT_COMPILED
+from vcore_kernels import _library
 
 logger = logging.getLogger("vcore_kernels")
 if os.environ.get("VCORE_LOG"):  # the one log switch, e.g. VCORE_LOG=DEBUG
@@ -41,10 +41,8 @@ def backends() -> dict[str, Support]:
 
     Returns a dict from name to :class:`Support`, whose ``reason`` says why a backend is not usable.
     """
-    return {
-        "reference": YES,
-        "cpp": YES if WHY_NOT_COMPILED is None else Support(False, WHY_NOT_COMPILED),
-    }
+    why_not = _library.WHY_NOT_COMPILED
+    return {"reference": YES, "cpp": YES if why_not is None else Support(False, why_not)}
 
 
 def supports(backend: str, *tensors: torch.Tensor) -> Support:
