@@ -46,11 +46,10 @@ def descent_direction(
     """The direction of steepest descent of the uniform loss, estimated in one of four ways.
 
     * ``"probe"``: the gradient of the uniform loss over ``batches`` (the paper, arXiv 2510.27462),
-    see
-      :func:`uniform_gradient`.
+      see :func:`uniform_gradient`.
     * ``"ema"``: that gradient enters the running average ``ema``, and the average is returned. An
-    average
-      over many sequences is a far better estimate of the population gradient than one batch.
+      average over many sequences is a far better estimate of the population gradient than one
+      batch.
     * ``"momentum"``: the optimizer's first moment (``exp_avg`` of Adam and its kin, bias-corrected;
       ``momentum_buffer`` of SGD times 1 - momentum, so that both are averages of gradients). Costs
       nothing, but beware: it averages the *reweighted* gradients that this direction brought about.
@@ -58,9 +57,8 @@ def descent_direction(
       at 2.64 against 2.35 for uniform weights and 2.39 for a fresh probe. Use it where the
       reweighting is mild.
     * ``"adam"``: Adam's preconditioned step, ``exp_avg / (sqrt(exp_avg_sq) + eps)``, both
-    bias-corrected,
-      with the same caution. Entries whose second moment is zero (embedding rows that were never
-      updated) get 0.
+      bias-corrected, with the same caution. Entries whose second moment is zero (embedding rows
+      that were never updated) get 0.
 
     The last two need batches only for a cold start: while the optimizer has no state yet, they log
     so and fall back to ``"probe"``.
@@ -69,22 +67,19 @@ def descent_direction(
         model: a causal LM of transformers, plain or PEFT-wrapped. All its parameters with
             ``requires_grad`` are in the direction, tied ones once.
         batches: one batch with ``labels`` or several.
-        optimizer: for "momentum" and "adam": the one that trains ``model``, a torch.optim optimizer
-        or
-            Accelerate's wrapper around one.
+        optimizer: for "momentum" and "adam": the one that trains ``model``, a torch.optim
+            optimizer or Accelerate's wrapper around one.
         ema: for "ema": the average, updated in place.
         max_norm: clips the gradient to this Euclidean norm, as the released VCORE code does (with
-        1);
-            for "ema" before it enters the average.
+            1); for "ema" before it enters the average.
         num_items: see :func:`uniform_gradient`.
         backend: of the head operators of vcore_kernels.
 
     Raises:
         ValueError: unknown kind, ``optimizer`` or ``ema`` missing, an optimizer that cannot serve
-        (8-bit
-            or sharded state), no supervised token, no trainable parameter.
+            (8-bit or sharded state), no supervised token, no trainable parameter.
         NonFiniteDirectionError: for "ema", a gradient with NaN or infinity; the average is
-        unchanged.
+            unchanged.
     """
     if kind not in _KINDS:
         raise ValueError(
@@ -107,7 +102,7 @@ def uniform_gradient(
     num_items: int | None = None,
     backend: str = "auto",
 ) -> Direction:
-    """Gradient of the mean loss per supervised token over all ``batches``, every token weighing the same.
+    """Gradient of the mean loss per supervised token of all ``batches``, each weighing the same.
 
     Dropout is off; gradient checkpointing stays on where it is; autocast is the caller's. The
     parameters' ``.grad`` is neither read nor written. Sums are kept in fp32. A batch without
@@ -115,8 +110,8 @@ def uniform_gradient(
 
     Args:
         num_items: divisor instead of the number of supervised tokens in ``batches``. Where
-        processes share
-            the batches, pass the number over all of them and add up the results.
+            processes share the batches, pass the number over all of them and add up the results;
+            one of them may have no supervised token then.
 
     Raises:
         ValueError: no supervised token in any batch, no trainable parameter, labels missing.
@@ -124,7 +119,8 @@ def uniform_gradient(
     parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError(
-            "descent_direction: the model has no parameter with requires_grad, so nothing can descend."
+            "descent_direction: the model has no parameter with requires_grad, so nothing can "
+            "descend."
         )
     verify_head(model)
     total = {
@@ -144,10 +140,13 @@ def uniform_gradient(
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient
-    if tokens == 0:
+    if num_items is not None and num_items <= 0:
+        raise ValueError(f"descent_direction: num_items must be positive, got {num_items}.")
+    if tokens == 0 and num_items is None:
         raise ValueError(
-            f"descent_direction: none of the {seen} batches has a supervised token (a label that is not "
-            "-100 and not the first of its sequence). Are the prompts cut so long that no response is left?"
+            f"descent_direction: none of the {seen} batches has a supervised token (a label that "
+            "is not -100 and not the first of its sequence). Are the prompts cut so long that no "
+            "response is left?"
         )
     torch._foreach_div_(list(total.values()), tokens if num_items is None else num_items)
     return total
@@ -155,15 +154,36 @@ def uniform_gradient(
 
 def clip_direction(direction: Direction, max_norm: float | None) -> Direction:
     """``direction``, scaled in place to the Euclidean norm ``max_norm`` where it is longer."""
-    tensors = list(direction.values())
-    norm = float(torch.nn.utils.get_total_norm(tensors)) if max_norm is not None else 0.0
-    if max_norm is not None and math.isfinite(norm) and norm > max_norm:
-        torch._foreach_mul_(tensors, max_norm / norm)
+    if max_norm is not None:
+        norm = norm_of(direction.values())
+        if math.isfinite(norm) and norm > max_norm:
+            torch._foreach_mul_(list(direction.values()), max_norm / norm)
     return direction
 
 
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """Euclidean norm of all ``tensors`` together, in fp32 or wider; one synchronisation."""
+    norms = [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]
+    return float(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).norm())
+
+
+def check_finite(direction: Mapping[str, Tensor]) -> None:
+    """Raises NonFiniteDirectionError where ``direction`` holds NaN or infinity, with the count."""
+    if math.isfinite(norm_of(direction.values())):
+        return
+    counts = {name: int((~g.isfinite()).sum()) for name, g in direction.items()}
+    bad = [f"{name} ({count})" for name, count in counts.items() if count]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise NonFiniteDirectionError(
+            f"{sum(counts.values())} entries of the direction are NaN or infinite, in "
+            f"{', '.join(bad[:5])}{more}. The loss it was made from was not finite: lower the "
+            "learning rate, or train in bf16 rather than fp16."
+        )
+
+
 class EmaDirection:
-    """Exponential moving average of probe gradients, debiased: weights are ``decay ** age``, normalised.
+    """Exponential moving average of probe gradients: weights ``decay ** age``, normalised.
 
     The first update is the average itself. How often to update, and from which batches, is the
     caller's choice. State is fp32 (float64 for float64 gradients), on the gradients' devices.
@@ -180,19 +200,13 @@ class EmaDirection:
         self._average: Direction = {}
 
     def update(self, gradient: Mapping[str, Tensor]) -> None:
-        """Takes ``gradient`` in.
+        """Takes ``gradient`` in. Where it raises, the average is unchanged.
 
         Raises:
             ValueError: names or shapes other than before.
-            NonFiniteDirectionError: NaN or infinity, which would never leave the average again. It
-            is
-                unchanged then.
+            NonFiniteDirectionError: NaN or infinity, which would never leave the average again.
         """
-        bad = sum(int((~g.isfinite()).sum()) for g in gradient.values())
-        if bad:
-            raise NonFiniteDirectionError(
-                f"EmaDirection: {bad} entries of the gradient are NaN or infinite; the average is unchanged."
-            )
+        check_finite(gradient)
         if not self.updates:
             self._average = {n: g.detach().to(_wide(g), copy=True) for n, g in gradient.items()}
         else:
@@ -218,7 +232,7 @@ class EmaDirection:
         self._average = {name: average.clone() for name, average in state["average"].items()}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state as safetensors. An existing file is replaced whole or, on an error, kept."""
+        """Writes safetensors. An existing file is replaced whole or, on an error, kept."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         metadata = {"decay": repr(self.decay), "updates": str(self.updates)}
@@ -246,8 +260,9 @@ class EmaDirection:
         if shapes != own:
             differing = sorted(n for n in shapes.keys() | own.keys() if shapes.get(n) != own.get(n))
             raise ValueError(
-                f"EmaDirection: the gradient's names or shapes differ from the average's at "
-                f"{', '.join(differing[:5])}. Start a new EmaDirection after changing what is trained."
+                "EmaDirection: the gradient's names or shapes differ from the average's at "
+                f"{', '.join(differing[:5])}. Start a new EmaDirection after changing what is "
+                "trained."
             )
 
 
@@ -287,9 +302,10 @@ def _of_optimizer(model, probe, optimizer, max_norm, kind, read) -> Direction:
     missing = [name for name, p in parameters.items() if p not in groups]
     if missing:
         raise ValueError(
-            f"descent_direction: {', '.join(missing[:5])} ({len(missing)} of {len(parameters)} trainable "
-            "parameters) are not in the optimizer. Pass the optimizer that trains this model; where it holds "
-            "flattened or sharded copies (DeepSpeed, FSDP1), use kind 'probe' or 'ema'."
+            f"descent_direction: {', '.join(missing[:5])} ({len(missing)} of {len(parameters)} "
+            "trainable parameters) are not in the optimizer. Pass the optimizer that trains this "
+            "model; where it holds flattened or sharded copies (DeepSpeed, FSDP1), use kind "
+            "'probe' or 'ema'."
         )
     states = {name: optimizer.state.get(p) for name, p in parameters.items()}
     if not any(states.values()):
@@ -332,9 +348,10 @@ def _dense(state: Mapping[str, Any], key: str, kind: str) -> Tensor:
             for k, v in state.items()
         )
         raise ValueError(
-            f"descent_direction: kind {kind!r} reads {key!r} of the optimizer's state as a plain floating-point "
-            f"tensor and found {found or 'nothing'}. torch.optim's Adam and AdamW serve both kinds, SGD with "
-            "momentum serves 'momentum'; for 8-bit, factored or sharded optimizers use kind 'probe' or 'ema'."
+            f"descent_direction: kind {kind!r} reads {key!r} of the optimizer's state as a plain "
+            f"floating-point tensor and found {found or 'nothing'}. torch.optim's Adam and AdamW "
+            "serve both kinds, SGD with momentum serves 'momentum'; for 8-bit, factored or sharded "
+            "optimizers use kind 'probe' or 'ema'."
         )
     return value.to(_wide(value))
 

@@ -66,8 +66,8 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"{model.active_peft_config.peft_type} adapters change the model's inputs, which a "
-                "pass through the decoder alone does not see. Use LoRA or another adapter that lives "
-                "in layers."
+                "pass through the decoder alone does not see. Use LoRA or another adapter that "
+                "lives in layers."
             )
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
@@ -139,8 +139,9 @@ def head_of(model: nn.Module) -> Head:
     weight, bias = base.weight, getattr(base, "bias", None)
     if not weight.is_floating_point():
         raise ValueError(
-            f"the head's weight is {weight.dtype} (quantised), and its losses need a floating-point "
-            "matrix. Keep lm_head out of the quantisation (llm_int8_skip_modules=['lm_head'])."
+            f"the head's weight is {weight.dtype} (quantised), and its losses need a "
+            "floating-point matrix. Keep lm_head out of the quantisation "
+            "(llm_int8_skip_modules=['lm_head'])."
         )
     if adapters:
         columns: list[Any] = [layer.lora_B[adapter].weight for layer, adapter in adapters]
@@ -209,9 +210,8 @@ def probing(
     ``requires_grad`` is not touched.
 
     Args:
-        attention: implementation to switch to. None leaves attention and experts as they are, which
-        is
-            right wherever no forward-mode derivative is taken.
+        attention: implementation to switch to. None leaves attention and experts as they are,
+            which is right wherever no forward-mode derivative is taken.
         checkpointing: keep gradient checkpointing where it is on, with dropout off all the same.
 
     Raises:
@@ -251,12 +251,11 @@ def verify_head(model: nn.Module) -> None:
     lm, head = causal_lm(model), head_of(model)
     vocabulary = lm.config.get_text_config().vocab_size
     input_ids = (torch.arange(4, device=head.weight.device) % vocabulary)[None]
-    with torch.no_grad(), probing(model):
+    attention = "eager" if lm._can_set_attn_implementation() else None
+    with torch.no_grad(), probing(model, attention=attention):
         expected = lm(input_ids=input_ids, use_cache=False).logits.float()
-        hidden = hidden_states(model, {"input_ids": input_ids})
-        logits = head.scale * nn.functional.linear(
-            hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float()
-        )
+        hidden = hidden_states(model, {"input_ids": input_ids}).to(head.weight.dtype)
+        logits = head.scale * nn.functional.linear(hidden, head.weight, head.bias).float()
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     agree = expected.shape == logits.shape
@@ -287,13 +286,14 @@ def _head_adapters(model: nn.Module) -> Iterator[tuple[LoraLinear, str]]:
         raise ValueError(
             f"the head carries an adapter of type {type(layer).__module__}.{type(layer).__name__}. "
             "On the head only plain LoRA over a linear layer that is not quantised is supported: "
-            "leave lm_head out of target_modules, or train it whole with modules_to_save=['lm_head']."
+            "leave lm_head out of target_modules, or train it whole with "
+            "modules_to_save=['lm_head']."
         )
     for adapter in layer.active_adapters:
         if adapter in layer.lora_variant:
             raise ValueError(
-                f"adapter {adapter!r} on the head is a LoRA variant (DoRA, aLoRA, ...). On the head "
-                "only plain LoRA is supported: leave lm_head out of target_modules."
+                f"adapter {adapter!r} on the head is a LoRA variant (DoRA, aLoRA, ...). On the "
+                "head only plain LoRA is supported: leave lm_head out of target_modules."
             )
         if adapter in layer.lora_A:
             yield layer, adapter
@@ -334,12 +334,14 @@ def _restored_configs(lm: PreTrainedModel) -> Iterator[None]:
         if config is not None and id(config) not in configs:
             configs[id(config)] = config
             pending += [getattr(config, key, None) for key in config.sub_configs]
-    saved = [(c, {n: c.__dict__[n] for n in names if n in c.__dict__}) for c in configs.values()]
+    saved = [(vars(c), {n: vars(c)[n] for n in names if n in vars(c)}) for c in configs.values()]
     try:
         yield
     finally:
-        for config, values in saved:
-            config.__dict__.update(values)
+        for attributes, values in saved:
+            for name in names:
+                attributes.pop(name, None)
+            attributes.update(values)
 
 
 def _switch_attention(lm: PreTrainedModel, attention: str) -> None:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from vcore_kernels import linear_nll_jvp, linear_nll_pair
 from vcore_kernels.perturbed import NonFiniteDirectionError, perturbed
+from vcore_train.directions import check_finite, norm_of
 from vcore_train.modeling import (
     IGNORE_INDEX,
     Head,
@@ -33,6 +34,14 @@ from vcore_train.modeling import (
     supervised_labels,
     verify_head,
 )
+
+__all__ = [
+    "ForwardDerivativeError",
+    "NonFiniteDirectionError",
+    "TokenUtilities",
+    "token_utilities",
+    "token_utilities_and_nll",
+]
 
 logger = logging.getLogger("vcore_train")
 Method = Literal["jvp", "central", "finite_difference"]
@@ -67,20 +76,17 @@ def token_utilities(
 
     Args:
         model: a causal LM of transformers, plain or PEFT-wrapped.
-        inputs: a batch with ``labels`` [B, T], padded on either side or packed (``cu_seq_lens_q``
-        or
-            restarting ``position_ids``).
+        inputs: a batch with ``labels`` [B, T], padded on either side or packed
+            (``cu_seq_lens_q`` or restarting ``position_ids``).
         direction: g by parameter name, as :func:`vcore_train.descent_direction` returns it.
-        Parameters
-            that it leaves out do not move. Tied parameters appear under one name.
+            Parameters that it leaves out do not move. Tied parameters appear under one name.
         method: "jvp", a forward-mode derivative, exact up to the precision of the pass.
             "finite_difference", the paper's ``(l(theta) - l(theta - eps*g)) / eps``, and "central",
             ``(l(theta + eps*g) - l(theta - eps*g)) / (2*eps)``, are for comparison, and for models
             without a forward derivative: in bf16 they are far less exact.
-        epsilon: step of the two differences, in units of theta / g. None searches one that changes
-        the
-            losses by some square root (cube root for "central") of the precision in use, for one to
-            three more passes.
+        epsilon: step of the two differences, in units of theta / g. None searches one, in up to
+            four tries: the losses shall change by about the square root (for "central" the cube
+            root) of the precision in use.
         backend: of the head operators of vcore_kernels.
 
     Returns:
@@ -89,8 +95,7 @@ def token_utilities(
 
     Raises:
         ValueError: direction that is empty or does not match the model, epsilon <= 0, no labels,
-        unknown
-            method, quantised parameters in the direction.
+            unknown method, quantised parameters in the direction.
         NonFiniteDirectionError: NaN or infinity in the direction (a ValueError).
         ForwardDerivativeError: a part of the model that "jvp" cannot differentiate.
     """
@@ -144,16 +149,17 @@ def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[s
     """
     if not direction:
         raise ValueError(
-            "token_utilities: the direction is empty. descent_direction(model, batches) makes one; the model "
-            "must have parameters with requires_grad."
+            "token_utilities: the direction is empty. descent_direction(model, batches) makes one; "
+            "the model must have parameters with requires_grad."
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     unknown = [name for name in direction if name not in parameters]
     if unknown:
         raise ValueError(
             f"token_utilities: {_some(unknown)} in the direction are no parameters of "
-            f"{type(model).__name__}, whose names are like {next(iter(parameters))!r}. Make the direction "
-            "with the model in the same wrapping (PEFT, DDP, torch.compile each add a prefix)."
+            f"{type(model).__name__}, whose names are like {next(iter(parameters))!r}. Make the "
+            "direction with the model in the same wrapping (PEFT, DDP, torch.compile each add a "
+            "prefix)."
         )
     wrong = [
         f"{name}: {list(g.shape)} for {list(parameters[name].shape)}"
@@ -162,24 +168,25 @@ def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[s
     ]
     if wrong:
         raise ValueError(
-            f"token_utilities: shapes in the direction differ from the model's: {_some(wrong)}. Make the "
-            "direction again after resizing the vocabulary or changing the adapter's rank."
+            f"token_utilities: shapes in the direction differ from the model's: {_some(wrong)}. "
+            "Make the direction again after resizing the vocabulary or changing the adapter's rank."
         )
     quantised = [name for name in direction if not parameters[name].is_floating_point()]
     if quantised:
         raise ValueError(
-            f"token_utilities: {_some(quantised)} are quantised ({parameters[quantised[0]].dtype}) and cannot "
-            "move. Probe the LoRA adapters over them: leave every quantised weight out of the direction."
+            f"token_utilities: {_some(quantised)} are quantised ({parameters[quantised[0]].dtype}) "
+            "and cannot move. Probe the LoRA adapters over them: leave every quantised weight out "
+            "of the direction."
         )
     names: dict[nn.Parameter, str] = {}
     for name in direction:
         twin = names.setdefault(parameters[name], name)
         if twin != name:
             raise ValueError(
-                f"token_utilities: {twin} and {name} are one tied parameter. Pass it once, with the sum of "
-                "the gradients of both uses."
+                f"token_utilities: {twin} and {name} are one tied parameter. Pass it once, with "
+                "the sum of the gradients of both uses."
             )
-    _check_finite(direction)
+    check_finite(direction)
     return {
         name: Probed(parameters[name], g.detach().to(parameters[name].device))
         for name, g in direction.items()
@@ -190,7 +197,7 @@ def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[s
 
 
 class _DecoderAndHead(nn.Module):
-    """The two things that depend on parameters, so that one functional_call replaces them in both."""
+    """All that depends on parameters, so that one functional_call replaces them everywhere."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -208,7 +215,7 @@ def _forward_mode(model, inputs, labels, probed, epsilon, backend) -> TokenUtili
     with probing(model), fwAD.dual_level():
         duals = {
             f"model.{name}": fwAD.make_dual(
-                p.parameter.detach(), (p.direction * scale).to(p.parameter.dtype)
+                p.parameter.detach(), _scaled(p.direction, scale).to(p.parameter.dtype)
             )
             for name, p in probed.items()
         }
@@ -238,15 +245,19 @@ def _forward_mode(model, inputs, labels, probed, epsilon, backend) -> TokenUtili
 
 
 def _tangent_scale(model: nn.Module, probed: Mapping[str, Probed]) -> float:
-    """A power of two that brings the direction's norm near 1 where float16 would let it underflow."""
+    """A power of two that brings the direction's norm near 1 where float16 would underflow."""
     device = next(iter(probed.values())).parameter.device.type
     dtypes = {p.dtype for p in model.parameters()}
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
-    norm = _norm([p.direction for p in probed.values()])
-    if torch.float16 not in dtypes or norm == 0:
+    if torch.float16 not in dtypes:
         return 1.0
-    return 2.0 ** -round(math.log2(norm))
+    norm = norm_of([p.direction for p in probed.values()])
+    return 2.0 ** -round(math.log2(norm)) if norm else 1.0
+
+
+def _scaled(direction: Tensor, scale: float) -> Tensor:
+    return direction if scale == 1.0 else direction * scale
 
 
 def _check_only_head(model: nn.Module, probed: Mapping[str, Probed]) -> None:
@@ -259,9 +270,9 @@ def _check_only_head(model: nn.Module, probed: Mapping[str, Probed]) -> None:
     ]
     if lost:
         raise ForwardDerivativeError(
-            f"token_utilities: {_some(lost)} have a direction, but the decoder's hidden states came out "
-            "without a tangent: something in the model detaches them, so every utility would be zero. Use "
-            "method='central', or take the detaching wrapper off."
+            f"token_utilities: {_some(lost)} have a direction, but the decoder's hidden states "
+            "came out without a tangent: something in the model detaches them, so every utility "
+            "would be zero. Use method='central', or take the detaching wrapper off."
         )
 
 
@@ -314,8 +325,9 @@ def _explained(model: nn.Module) -> Iterator[None]:
             trace = trace.tb_next
         reason = str(error).splitlines()[0]
         raise ForwardDerivativeError(
-            f"token_utilities: {where} has no forward-mode derivative: {reason} Use the PyTorch version of "
-            "it for the probe (no fused, quantised or compiled kernel), or method='central'."
+            f"token_utilities: {where} has no forward-mode derivative: {reason} Use the PyTorch "
+            "version of it for the probe (no fused, quantised or compiled kernel), or "
+            "method='central'."
         ) from error
 
 
@@ -358,11 +370,11 @@ def _difference(
 
 
 def _search(model, labels, probed, measure, central) -> tuple[float, tuple[Tensor, Tensor]]:
-    """A step that changes the losses as much as ``_TARGETS`` says, and the losses and changes there."""
+    """A step that changes the losses as ``_TARGETS`` says, and losses and changes there."""
     factor, power = _TARGETS[central]
     target = factor * _machine_epsilon(model) ** power
-    theta = _norm([p.parameter.detach() for p in probed.values()]) or 1.0
-    epsilon = 0.05 * target * theta / (_norm([p.direction for p in probed.values()]) or theta)
+    theta = norm_of([p.parameter.detach() for p in probed.values()]) or 1.0
+    epsilon = 0.05 * target * theta / (norm_of([p.direction for p in probed.values()]) or theta)
     for attempt in range(1, _TRIES + 1):
         nll, difference = measure(epsilon)
         change = float(difference[labels != IGNORE_INDEX].square().mean().sqrt())
@@ -404,7 +416,7 @@ def _point(model, inputs, probed: Mapping[str, Probed], *, keep: bool = False) -
 
 
 def _pair(base: _Point, moved: _Point, labels: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Losses at ``base``, and what they lose on the way to ``moved``, formed without cancellation."""
+    """Losses at ``base``, and what they lose on the way to ``moved``, without cancellation."""
     return linear_nll_pair(
         base.hidden,
         moved.hidden,
@@ -421,7 +433,7 @@ def _pair(base: _Point, moved: _Point, labels: Tensor, backend: str) -> tuple[Te
 
 @contextmanager
 def _moved(probed: Mapping[str, Probed], epsilon: float) -> Iterator[None]:
-    """The parameters at ``theta - epsilon * g``, afterwards back, bit for bit; epsilon of either sign.
+    """The parameters at ``theta - epsilon * g`` (of either sign), afterwards back, bit for bit.
 
     16-bit weights are rounded stochastically: to the nearest, most of them would not move.
     """
@@ -444,28 +456,6 @@ _METHODS: dict[str, Callable[..., TokenUtilities]] = {
     "central": partial(_difference, central=True),
     "finite_difference": partial(_difference, central=False),
 }
-
-
-# ---- small helpers ----
-
-
-def _norm(tensors: list[Tensor]) -> float:
-    """Euclidean norm of all ``tensors`` together; one synchronisation."""
-    wide = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in tensors]
-    norms = [torch.linalg.vector_norm(t, dtype=d) for t, d in zip(tensors, wide, strict=True)]
-    return float(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).norm())
-
-
-def _check_finite(direction: Mapping[str, Tensor]) -> None:
-    if math.isfinite(_norm(list(direction.values()))):
-        return
-    counts = {name: int((~g.isfinite()).sum()) for name, g in direction.items()}
-    bad = [f"{name} ({count})" for name, count in counts.items() if count]
-    if bad:
-        raise NonFiniteDirectionError(
-            f"token_utilities: {sum(counts.values())} entries of the direction are NaN or infinite, in "
-            f"{_some(bad)}. The loss it was made from was not finite: lower the learning rate, or use bf16."
-        )
 
 
 def _some(items: list[str], most: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""Utilities in float64 by reverse-mode derivatives of the model's own logits: the truth for the probes."""
+"""Utilities in float64 by reverse-mode derivatives of the model's own logits: the truth."""
 
 import copy
 
@@ -9,7 +9,7 @@ from vcore_train.modeling import probing, supervised_labels
 
 
 class LiftedCasts(TorchFunctionMode):
-    """Every cast to float32 goes to float64: transformers hard-codes some in norms, softmax and rotary."""
+    """Casts to float32 go to float64: transformers hard-codes some in norms, softmax and rotary."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def lift(value):
@@ -37,7 +37,7 @@ def exact_nll(model, inputs):
 
 
 def exact_utilities(model, inputs, direction):
-    """``<g, grad l_t>`` [B, T] for every t at once: the derivative in v of ``<g, grad sum_t v_t l_t>``."""
+    """``<g, grad l_t>`` [B, T] for every t: the derivative in v of ``<g, grad sum_t v_t l_t>``."""
     model = double_copy(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""descent_direction: the gradient of the uniform loss, its average, and what optimizers know of it."""
+"""descent_direction: the gradient of the uniform loss, its average, and what optimizers know."""
 
 import copy
 import logging
@@ -103,6 +103,10 @@ def test_clipping_and_num_items():
     assert_close(
         uniform_gradient(model, batch, num_items=2 * tokens), {n: g / 2 for n, g in plain.items()}
     )
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert not any(g.any() for g in uniform_gradient(model, empty, num_items=5).values())
+    with pytest.raises(ValueError, match="num_items must be positive"):
+        uniform_gradient(model, batch, num_items=0)
     with pytest.raises(ValueError, match="max_norm must be positive"):
         descent_direction(model, batch, max_norm=0.0)
 

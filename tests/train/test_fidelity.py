@@ -3,6 +3,7 @@
 ``pytest tests/train/test_fidelity.py -s`` prints the table.
 """
 
+import copy
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ import torch
 from exact import exact_utilities
 from tiny import with_lora
 from trained import arithmetic_batches, train, trained_qwen3
-
 from vcore_train.directions import descent_direction
 from vcore_train.modeling import supervised_labels
 from vcore_train.utilities import token_utilities_and_nll
@@ -43,10 +43,15 @@ def agreement(estimate, truth, mask):
     )
 
 
+@pytest.fixture(scope="module")
+def base():
+    return trained_qwen3(40, layers=3, hidden=64)
+
+
 @pytest.fixture(scope="module", params=["full", "lora"])
-def trained(request):
+def trained(base, request):
     """(model, batch, direction) with a direction from other batches."""
-    model = trained_qwen3(40, layers=3, hidden=64)
+    model = copy.deepcopy(base)
     if request.param == "lora":
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         model = with_lora(model, targets=targets)
@@ -57,8 +62,6 @@ def trained(request):
 
 def rounded(model):
     """``model`` with weights in bf16, adapters left in fp32; the truth is then taken there."""
-    import copy
-
     model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
@@ -104,7 +107,7 @@ def test_fidelity(trained, request):
             )
         a = measured[name] = agreement(out.utility, truths[precision], mask)
         step = "" if out.epsilon is None else f"{out.epsilon:9.2e}"
-        print(f"{name:56s} {a[0]:7.4f} {a[1]:7.4f} {a[2]:16.4f} {a[3]:7.4f} {step}")
+        print(f"{name:56s} {a[0]:7.5f} {a[1]:7.5f} {a[2]:15.5f} {a[3]:7.5f} {step}")
     for name, (_, method, _, least) in ESTIMATORS.items():
         if least is not None:
             values = measured[name] if method == "jvp" else measured[name][:1]

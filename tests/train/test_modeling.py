@@ -112,6 +112,27 @@ def test_lora_on_the_head(tied, lora_bias):
     assert any("lm_head.lora_A" in name for name in parameters)
 
 
+def test_a_head_adapter_over_bf16_weights_is_not_rounded_away():
+    base = tiny_model("llama", dtype=torch.bfloat16)
+    model = with_lora(base, targets=("lm_head",)).eval()
+    inputs = padded_batch()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(1e-4)  # far below what bf16 can add to the weight
+    small = token_nll(model, inputs)
+    with model.disable_adapter():
+        without = token_nll(model, inputs)
+    double = copy.deepcopy(model).double()
+    hidden = hidden_states(model, inputs).double()
+    logits = hidden @ head_of(double).weight.T  # the decoder in bf16, the head in float64
+    labels = supervised_labels(inputs)[:, 1:].flatten()
+    exact = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="none")
+    exact = F.pad(exact.view(3, -1), (1, 0))
+    change = (small - without).double()
+    assert 0 < change.abs().max() < 1e-3
+    torch.testing.assert_close(small.double(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_dropout_of_a_head_adapter_is_the_models_own():
     model = with_lora(tiny_model("qwen3"), targets=("lm_head",), lora_dropout=0.5)
     inputs = padded_batch()

@@ -34,6 +34,7 @@ MODELS = {
     "llama-lora-head": lambda: with_lora(
         tiny_model("llama"), targets=("q_proj", "down_proj", "lm_head")
     ),
+    "qwen3-lora-tokens": lambda: with_lora(tiny_model("qwen3"), trainable_token_indices=[5, 9, 40]),
     "qwen3_moe": lambda: tiny_model(
         "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),

@@ -1,4 +1,4 @@
-"""A small Qwen3 trained for a few seconds on generated arithmetic, so that its losses are like real ones."""
+"""A small Qwen3 trained for a few seconds on generated arithmetic: losses like real ones."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
