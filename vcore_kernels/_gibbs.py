@@ -9,6 +9,7 @@ with a = tau * (max s - min s).
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -262,9 +263,7 @@ def resolve_rule(
         raise ValueError(f"{op}: kl_scope must be 'trajectory' or 'batch', got {kl_scope!r}.")
     name = chosen[0]
     value = given[name]
-    if isinstance(value, Tensor) or not isinstance(
-        value, (int, float, torch.SymFloat, torch.SymInt)
-    ):
+    if not isinstance(value, (Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
     if name == "temperature":
         if not 0 < value < math.inf or 1 / value == math.inf:

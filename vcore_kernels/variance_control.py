@@ -35,7 +35,8 @@ def variance_control(
     ============== =================================== =============================
 
     ``trajectory`` is the paper's equation, ``ess`` its case of uncorrelated utilities (one alpha
-    for each trajectory), ``loss`` what its released code does.
+    for each trajectory), ``loss`` what its released code does, and ``none`` is 1
+    whatever the cap.
 
     Variances are unbiased sample variances over supervised tokens; trajectories that are empty or
     hold a non-finite utility are left out. 0/0 is 1, and so is what cannot be known (fewer than two

@@ -1,12 +1,13 @@
 import math
 
 import gibbs_oracle
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vcore_kernels import backends, gibbs_weights
+from vcore_kernels import _gibbs, backends, gibbs_weights
 from vcore_kernels.backends import BackendError, last_used
 
 BACKENDS = [name for name, support in backends().items() if support and name != "triton"]
@@ -373,6 +374,21 @@ def test_no_gradient_and_no_write(backend):
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):
         gibbs_weights(torch.zeros(2, 4), **kwargs)
+
+
+def test_numpy_numbers_will_do():
+    utility, mask = ragged(12)
+    plain = gibbs_weights(utility, mask=mask, kl_budget=0.25)
+    assert torch.equal(gibbs_weights(utility, mask=mask, kl_budget=np.float32(0.25)).q, plain.q)
+
+
+@pytest.mark.parametrize("rule", ["tau", "trajectory", "batch"])
+def test_reference_never_waits_for_the_device(rule):
+    """On meta tensors any look at a value raises, as it would synchronise on an accelerator."""
+    utility, mask = torch.zeros(12, device="meta"), torch.ones(12, device="meta").bool()
+    offsets = torch.zeros(4, dtype=torch.int64, device="meta")
+    results = _gibbs.reference(utility, mask, offsets, 0.3, rule, 1e-6)
+    assert [tuple(x.shape) for x in results] == [(12,), (12,), (3, 3), (3, 3), (2, 2)]
 
 
 def test_bad_utility():

@@ -206,6 +206,19 @@ def test_a_graph_serves_twice_and_inputs_stay(backend):
         assert torch.equal(tensor, copy)
 
 
+@each_mode
+def test_nothing_waits_for_the_device(mode):
+    """On meta tensors any look at a value raises, as it would synchronise on an accelerator."""
+    nll, utility, mask = (x.detach().to("meta") for x in batch(7))
+    result = vcore_loss(
+        nll.requires_grad_(), utility, mask=mask, kl_budget=0.1, variance_control=mode
+    )
+    assert result.loss.shape == ()
+    result.loss.backward()
+    q = torch.zeros_like(utility)
+    variance_control(utility, q, nll=nll, mode=mode, mask=mask)
+
+
 # PyTorch loads its own decompositions for forward mode through a deprecated function of its own.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_gradcheck_and_forward_mode():
