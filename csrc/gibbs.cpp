@@ -135,8 +135,9 @@ void prepare(const GibbsKernels& kernels, const Problem<T>& problem, Segment& se
   if (segment.count > 0) segment.extent = kernels.extent(x, segment.count);
   if (segment.known()) {
     const auto [high, low, finite] = segment.extent;
-    if (!(high - low >= kTiny)) segment.unit = 0x1p512;
-    if (!std::isfinite(high - low)) segment.unit = 0.25;
+    const double plain = high - low;
+    if (plain > 0 && plain < kTiny) segment.unit = 0x1p512;
+    if (!std::isfinite(plain)) segment.unit = 0.25;
     segment.spread = high * segment.unit - low * segment.unit;
     segment.constant = segment.spread <= problem.resolution * (segment.magnitude() * segment.unit);
     segment.flat = problem.rule == Rule::tau ? segment.spread == 0 : segment.constant;
@@ -151,7 +152,7 @@ void prepare(const GibbsKernels& kernels, const Problem<T>& problem, Segment& se
   const double mean = profile.sum / n;
   segment.ceiling = std::min(kExpZero / -profile.second, kLargest);
   segment.supremum = std::log(n / profile.peaks);
-  segment.curvature = profile.square / n - mean * mean;
+  segment.curvature = std::max(profile.square / n - mean * mean, 0.0);
 }
 
 // a of one segment, by tau or by its own budget.

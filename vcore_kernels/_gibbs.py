@@ -76,8 +76,9 @@ def reference(
     high = highest(s, used).where(known, 0)
     low = (-highest(-s, used)).where(known, 0)
     # the difference may overflow, and the reciprocal of it may
-    unit = torch.ones_like(high).where(high - low >= TINY, 2.0**512)
-    unit = unit.where((high - low).isfinite(), 0.25)
+    plain = high - low
+    unit = torch.ones_like(high).where((plain == 0) | (plain >= TINY), 2.0**512)
+    unit = unit.where(plain.isfinite(), 0.25)
     spread = high * unit - low * unit
     magnitude = torch.maximum(high.abs(), low.abs())
     constant = known & (spread <= resolution * (magnitude * unit))
@@ -89,6 +90,7 @@ def reference(
     gap = -highest(z, valid & (z < 0))  # to the second highest; infinite where there is none
     supremum = (n / peaks).log()
     ceiling = (EXP_ZERO / gap).clamp(max=LARGEST)
+    curvature = (total(z * z) / n - (total(z) / n) ** 2).clamp(min=0)
 
     def evaluate(a: Tensor) -> tuple[Tensor, Tensor]:
         """KL(softmax(a*z) || uniform) and its derivative, per segment."""
@@ -105,21 +107,19 @@ def reference(
         a = torch.zeros_like(spread)
     elif rule == "trajectory":
         saturated = supremum <= value
-        mean, square = total(z) / n, total(z * z) / n
-        a = _solve(evaluate, value, ceiling, square - mean * mean, torch.full_like(n, 0.25))
+        a = _solve(evaluate, value, ceiling, curvature, torch.full_like(n, 0.25))
         a = ceiling.where(saturated, a).where(~flat, 0)
     else:  # one tau, in units of 1 / the widest spread
         share = known / known.sum().clamp(min=1)  # of each trajectory in the mean
         width = (spread / unit).where(~flat, 0)
         ratio = width / width.amax().clamp(min=torch.finfo(s.dtype).tiny)
-        mean, square = total(z) / n, total(z * z) / n
         ceiling = (ceiling / ratio.where(~flat, 1)).where(~flat, 0).amax().clamp(max=LARGEST)
 
         def evaluate_batch(t: Tensor) -> tuple[Tensor, Tensor]:
             kl, slope = evaluate(t * ratio)
             return (share * kl).sum(), (share * ratio * slope).sum()
 
-        curvature = (share * ratio * ratio * (square - mean * mean)).sum()
+        curvature = (share * ratio * ratio * curvature).sum()
         bound = (share * ratio * ratio).sum() * 0.25
         reached = (share * supremum).sum() <= value
         t = _solve(evaluate_batch, value, ceiling, curvature, bound)

@@ -132,10 +132,11 @@ def test_saturation_is_reported(backend, scope):
 @pytest.mark.parametrize("rule", [{"tau": 3.0}, {"kl_budget": 0.3}])
 def test_constant_utilities_are_exactly_uniform(backend, rule):
     for n in (1, 2, 3, 7, 49, 1000, 4099):
-        for value in (0.0, 0.1, -7e30, 3e-39):
-            utility = torch.full((n,), value)
+        for value in (0.0, 0.1, -7e30, 3e-39, 1.7e308):
+            dtype = torch.float32 if abs(value) < 1e38 else torch.float64
+            utility = torch.full((n,), value, dtype=dtype)
             weights = gibbs_weights(utility, backend=backend, **rule)
-            assert torch.equal(weights.q, torch.full((n,), 1 / n))
+            assert torch.equal(weights.q, torch.full((n,), 1 / n, dtype=dtype))
             assert (float(weights.kl), float(weights.ess)) == (0, 1)
             assert weights.constant.all()
             assert weights.tau.item() == rule.get("tau", 0)
