@@ -73,7 +73,8 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             "expected a transformers PreTrainedModel or a PeftModel around one, got "
-            f"{type(model).__name__}. Unwrap DDP first (accelerator.unwrap_model)."
+            f"{type(model).__name__}. Unwrap DDP and torch.compile first "
+            "(accelerator.unwrap_model)."
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; expected a causal LM.")

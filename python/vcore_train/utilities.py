@@ -129,7 +129,7 @@ def token_utilities_and_nll(
     labels = supervised_labels(inputs)
     probed = match_direction(model, direction)
     verify_head(model)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # inference mode would drop the tangents
         return _METHODS[method](model, inputs, labels, probed, epsilon, backend)
 
 

@@ -203,6 +203,16 @@ def test_nothing_is_left_behind(method, attention, lora):
         assert torch.equal(a, b)
 
 
+def test_inference_mode_and_input_gradients_do_not_matter():
+    model = with_lora(tiny_model("qwen3"))
+    direction = random_direction(trainable_parameters(model))
+    expected = token_utilities(model, padded_batch(), direction)
+    model.enable_input_require_grads()  # what PEFT does under gradient checkpointing
+    assert torch.equal(token_utilities(model, padded_batch(), direction), expected)
+    with torch.inference_mode():
+        assert torch.equal(token_utilities(model, padded_batch(), direction), expected)
+
+
 def test_a_failing_pass_restores_too():
     model, inputs = tiny_model("qwen3"), padded_batch()
     direction = random_direction(trainable_parameters(model))
