@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ def staged_folder(
         barrier: waits for all processes that write into the folder.
     """
     staging = final.parent / STAGING / final.name
-    retired = final.parent / STAGING / f"{final.name}.retired"
+    retired = staging.with_name(f"{final.name}.retired")
     if main_process:
-        for leftover in (staging, retired):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if retired.exists() and not final.exists():  # a former process ended between two renames
+            retired.rename(final)
+        _remove(staging, retired)
         staging.mkdir(parents=True)
     barrier()
     try:
@@ -42,13 +43,31 @@ def staged_folder(
         _flush(staging)
         barrier()
         if main_process:
-            if final.exists():
-                final.rename(retired)
-            staging.rename(final)
+            _replace(final, staging, retired)
     finally:
         if main_process:
-            shutil.rmtree(staging.parent, ignore_errors=True)
+            _remove(staging, retired)
+            with suppress(OSError):  # others may be at work in it
+                staging.parent.rmdir()
     barrier()
+
+
+def _replace(final: Path, new: Path, retired: Path) -> None:
+    """Renames ``new`` to ``final``, whose former content goes to ``retired``."""
+    if not final.exists():
+        new.rename(final)
+        return
+    final.rename(retired)
+    try:
+        new.rename(final)
+    except OSError:
+        retired.rename(final)
+        raise
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -40,7 +41,7 @@ from vcore_train.probe_sampler import ProbeSampler
 from vcore_train.random_labels import random_labels
 from vcore_train.reference_logp import ReferenceLogp
 from vcore_train.supervised import SupervisedTokens, segments
-from vcore_train.utilities import NonFiniteDirectionError, token_utilities_and_nll
+from vcore_train.utilities import Method, NonFiniteDirectionError, token_utilities_and_nll
 from vcore_train.weighting import weigh
 
 logger = logging.getLogger(__name__)
@@ -393,7 +394,7 @@ class VcoreTrainer(Trainer):
                         model,
                         model_inputs(batch),
                         direction,
-                        method=self.args.utility_method,
+                        method=cast(Method, self.args.utility_method),
                         epsilon=self.args.epsilon,
                     )
                     for batch in batches
@@ -496,6 +497,13 @@ class VcoreTrainer(Trainer):
                     self.state.best_model_checkpoint = str(final)
                     if self.args.should_save:
                         self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            logger.error(
+                "%s could not be written (%s). Nothing of it stays; earlier ones are whole.",
+                final,
+                error,
+            )
+            raise
         finally:
             self._staging = None
             self.args.push_to_hub = push

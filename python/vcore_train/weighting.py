@@ -51,18 +51,18 @@ def weigh(
         temperature=args.temperature,
         kl_budget=args.kl_budget,
     )
-    informative = ~result.constant
+    solved = ~(result.constant | result.saturated)  # elsewhere tau says nothing
     return StepWeights(
         weights=tokens.unpacked(result.weights),
         means={
-            "tau": _mean_where(result.tau, informative),
+            "tau": _mean_where(result.tau, solved),
             "kl": result.kl.mean(),
             "ess": result.ess.mean(),
             "alpha": result.alpha.mean(),
             "utility_mean": packed_utility.mean(),
             "utility_std": packed_utility.std(correction=0),
         },
-        saturated=(result.saturated & informative).sum(),
+        saturated=(result.saturated & ~result.constant).sum(),
         finite=torch.isfinite(packed_utility).all(),
     )
 

@@ -200,6 +200,26 @@ def test_iw_sft_starts_as_sft_and_departs_from_it(tmp_path):
     assert logged(sft, "loss")[-1] == pytest.approx(logged(sft, "nll")[-1], rel=1e-5)
 
 
+def test_a_micro_batch_without_supervised_tokens(tmp_path):
+    def blank_odd(rows):
+        batch = PaddingCollator()(rows)
+        odd = batch["example_index"] % 2 == 1
+        batch["labels"][odd] = -100
+        return batch
+
+    def run(collator, rows, **options):
+        trainer = make_trainer(tmp_path, rows=rows, train_sampling_strategy="sequential", **options)
+        trainer.data_collator = collator
+        trainer._sampler.draw = lambda count: [0]
+        trainer.train()
+        return parameters(trainer)
+
+    rows = example_rows(8)
+    blanked = run(blank_odd, rows, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    even = run(PaddingCollator(), rows[::2], per_device_train_batch_size=2)
+    assert_same(blanked, even, atol=2e-6, rtol=1e-5)
+
+
 # ---- models ----
 
 
