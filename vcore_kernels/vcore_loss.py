@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vcore_kernels._gibbs import gibbs_statistics, resolve_rule
+from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import check_values, make_segments
 from vcore_kernels.sft_loss import weighted_sum
 from vcore_kernels.variance_control import (
@@ -60,7 +61,8 @@ def vcore_loss(
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
-        :class:`VcoreLoss`; float32 for inputs of 32 bits or fewer, float64 for float64.
+        :class:`VcoreLoss`; float32 for inputs of 32 bits or fewer, float64 for float64: loss, weights
+        and alpha by the dtype of nll, tau, kl and ess by that of utility.
 
     Raises:
         ValueError, TypeError: as :func:`gibbs_weights`, :func:`variance_control` and
@@ -76,9 +78,9 @@ def vcore_loss(
     check_mode(op, variance_control, cap, segments.number)
     stats = gibbs_statistics(op, utility, segments, rule, value, backend)
 
-    weights = stats.weight
+    weights = stats.weight.to(statistics_dtype(nll.dtype))
     if variance_control == "ess":
-        alpha = alpha_from_ess(stats.ess, cap)
+        alpha = alpha_from_ess(stats.ess, cap).to(weights.dtype)
         weights = weights * alpha[segments.segment_of()]
     else:
         if variance_control == "none":
