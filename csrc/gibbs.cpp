@@ -1,11 +1,10 @@
-// vcore_kernels::gibbs_variance on a CPU: segment softmax, KL solve and utility variances in one
-// call.
+// vcore_kernels::gibbs_variance on a CPU: segment softmax, KL solve, utility variances in one call.
 //
-// Stages, each parallel over segments: (1) gather the supervised utilities as doubles and find
-// their range; (2) bring them to z = (s - max s) / (max s - min s) in [-1, 0]; (3) solve
-// KL(softmax(a*z) || uniform) = budget for a, or for one temperature shared by all; (4)
-// write the weights and take the moments that the variances are made of. The reference with the
-// same stages is vcore_kernels/_gibbs.py.
+// In parallel over segments: (1) gather the supervised utilities as doubles and find their range;
+// (2) bring them to z = (s - max s) / (max s - min s) in [-1, 0]; (3) solve
+// KL(softmax(a*z) || uniform) = budget for a, or for one temperature shared by all; (4) write the
+// weights and take the moments that the variances are made of. The reference with the same stages
+// is vcore_kernels/_gibbs.py.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

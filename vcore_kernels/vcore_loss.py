@@ -61,8 +61,8 @@ def vcore_loss(
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
-        :class:`VcoreLoss`; float32 for inputs of 32 bits or fewer, float64 for float64: loss, weights
-        and alpha by the dtype of nll, tau, kl and ess by that of utility.
+        :class:`VcoreLoss`; float32 for inputs of 32 bits or fewer, float64 for float64: loss,
+        weights and alpha by the dtype of nll, tau, kl and ess by that of utility.
 
     Raises:
         ValueError, TypeError: as :func:`gibbs_weights`, :func:`variance_control` and
