@@ -333,7 +333,7 @@ def train(
 
 @app.command()
 def demo(
-    steps: Annotated[int | None, option("Steps of each method.", show_default="300")] = None,
+    steps: Annotated[int | None, option("Steps of each method.", show_default="250")] = None,
     seed: Annotated[int, option("Of everything.")] = 0,
     out: Annotated[Path, option("Folder for figures, plots and the weights page.")] = Path(
         "vcore-demo"

@@ -28,6 +28,7 @@ from vcore_train.models import Size, new_model
 from vcore_train.plots import LABELS, plot_accuracy, plot_losses
 from vcore_train.run_log import MetricsFile, RunLog
 from vcore_train.show_weights import weigh_trajectory
+from vcore_train.step_time import interleaved_step_seconds
 from vcore_train.tokenizer import train_tokenizer
 from vcore_train.trainer import VcoreTrainer
 from vcore_train.weights_page import weights_page
@@ -44,7 +45,7 @@ class Scale:
     start_steps: int
     steps: int
     batch: int = 16
-    held_out: int = 384
+    held_out: int = 320
     vocab_size: int = 512
     largest: int = 20
     operations: int = 3
@@ -52,9 +53,10 @@ class Scale:
     lr: float = 1.5e-3
     kl_budget: float = 0.1
     probe_rows: int = 64
+    timed_rounds: int = 7
 
 
-FULL = Scale(Size(layers=3, hidden=128, heads=4, window=256), start_steps=250, steps=300)
+FULL = Scale(Size(layers=3, hidden=128, heads=4, window=256), start_steps=240, steps=250)
 QUICK = Scale(
     Size(layers=1, hidden=32, heads=2, window=256),
     start_steps=3,
@@ -63,6 +65,7 @@ QUICK = Scale(
     held_out=8,
     vocab_size=300,
     probe_rows=4,
+    timed_rounds=1,
 )
 
 
@@ -118,18 +121,30 @@ def run_demo(
     _train(start, "sft", data.start_rows, scale, seed, out, console, metrics, start=True)
     outcomes = [_judge("start", start, data)]
     logs: dict[str, RunLog] = {}
-    models: dict[str, PreTrainedModel] = {}
+    trainers: dict[str, VcoreTrainer] = {}
     for method in METHODS:
-        models[method] = copy.deepcopy(start)
-        logs[method] = _train(models[method], method, data.rows, scale, seed, out, console, metrics)
-        models[method].save_pretrained(out / "models" / method)
+        model = copy.deepcopy(start)
+        logs[method], trainers[method] = _train(
+            model, method, data.rows, scale, seed, out, console, metrics
+        )
+        model.save_pretrained(out / "models" / method)
         data.tokenizer.save_pretrained(out / "models" / method)
         with console.status(f"Held-out problems, {LABELS[method]}"):
-            outcomes.append(_judge(method, models[method], data, logs[method]))
+            outcomes.append(_judge(method, model, data))
+        if method == "vcore":
+            _weights(out, model, data, scale)
+    with console.status("Step times, the methods in turns"):
+        seconds = interleaved_step_seconds(trainers, rounds=scale.timed_rounds)
+    per_step = sum(len(row["input_ids"]) for row in data.rows) / scale.steps
+    outcomes = [
+        replace(o, step_seconds=seconds[o.method], tokens_per_second=per_step / seconds[o.method])
+        if o.method in seconds
+        else o
+        for o in outcomes
+    ]
     for outcome in outcomes:
         metrics.append(_record(outcome))
     _plot(out, outcomes, logs, data, scale)
-    _weights(out, models["vcore"], data, scale)
     console.print()
     console.print(results_table(outcomes))
     for line in reading(outcomes, scale):
@@ -181,7 +196,7 @@ def _train(
     metrics: MetricsFile,
     *,
     start: bool = False,
-) -> RunLog:
+) -> tuple[RunLog, VcoreTrainer]:
     name = "start" if start else method
     log = RunLog(LABELS[name], console=console, file=metrics, extra={"method": name})
     steps = scale.start_steps if start else scale.steps
@@ -214,10 +229,10 @@ def _train(
         trainer.train()
     finally:
         log.close()
-    return log
+    return log, trainer
 
 
-def _judge(method: str, model: PreTrainedModel, data: Data, log: RunLog | None = None) -> Outcome:
+def _judge(method: str, model: PreTrainedModel, data: Data) -> Outcome:
     prompts = prompt_tokens([problem.prompt for problem in data.held_out], data.tokenizer)
     longest = max(
         len(row["input_ids"]) - len(p) for row, p in zip(data.held_out_rows, prompts, strict=True)
@@ -227,11 +242,7 @@ def _judge(method: str, model: PreTrainedModel, data: Data, log: RunLog | None =
         answer_of(response) == problem.answer
         for response, problem in zip(responses, data.held_out, strict=True)
     ]
-    losses = row_losses(model, data.held_out_rows)
-    if log is None:
-        return Outcome(method, losses, correct)
-    tokens = sum(len(row["input_ids"]) for row in data.rows) / len(log.seconds)
-    return Outcome(method, losses, correct, tokens / log.median_seconds, log.median_seconds)
+    return Outcome(method, row_losses(model, data.held_out_rows), correct)
 
 
 def _record(outcome: Outcome) -> dict[str, Any]:
@@ -252,7 +263,7 @@ def results_table(outcomes: Sequence[Outcome]) -> Table:
     sft = next(outcome for outcome in outcomes if outcome.method == "sft")
     table = Table(title="Held-out problems", title_justify="left")
     table.add_column("method")
-    for heading in ("loss (nats/token)", "exact match", "tokens/s", "ms/step", "step time / SFT"):
+    for heading in ("held-out loss", "exact match", "tokens/s", "ms/step", "time / SFT"):
         table.add_column(heading, justify="right")
     for outcome in outcomes:
         cells = [f"{outcome.losses.mean:.4f}", _percent(outcome)]

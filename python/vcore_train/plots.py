@@ -20,6 +20,7 @@ COLOURS = {
     "iw_sft": "#c98a1b",
     "vcore": "#c8452f",
 }
+DASHES = {"iw_sft": "--"}  # it often lies on the curve of SFT
 LABELS = {
     "start": "start",
     "sft": "SFT",
@@ -50,7 +51,14 @@ def plot_losses(path: Path, curves: Mapping[str, Series], *, title: str, ylabel:
             colour = COLOURS.get(method, "#333333")
             axes.plot(steps, values, color=colour, alpha=0.2, linewidth=1)
             smooth = running_mean(values, max(1, len(values) // 20))
-            axes.plot(steps, smooth, color=colour, linewidth=1.8, label=LABELS.get(method, method))
+            axes.plot(
+                steps,
+                smooth,
+                color=colour,
+                linewidth=1.8,
+                linestyle=DASHES.get(method, "-"),
+                label=LABELS.get(method, method),
+            )
         axes.set(title=title, xlabel="optimizer step", ylabel=ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if len(curves) > 1:
