@@ -28,7 +28,7 @@ def max_error(value, truth):
 
 
 def assert_as_good_as_eager(value, truth, eager, dtype, what="", scale=None):
-    """DESIGN section 5: at most twice eager's error in the same dtype, plus eps(dtype) * scale.
+    """docs/design.md: at most twice eager's error in the same dtype, plus eps(dtype) * scale.
 
     In float64 eager is the truth itself, so there the bound is some roundings. ``scale`` is the
     size of the terms that the value is a difference of; without it, that of the value.

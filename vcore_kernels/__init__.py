@@ -1,4 +1,4 @@
-"""Fused kernels for token-weighted training of language models. See DESIGN in docs/."""
+"""Fused kernels for token-weighted training of language models. docs/design.md says how and why."""
 
 from vcore_kernels._library import check_compiled
 from vcore_kernels.backends import BackendError, backends

@@ -133,7 +133,7 @@ def linear_nll(
         vocabulary.
         BackendError: a named backend that cannot serve the call.
 
-    Source: DESIGN section 4; the online log-sum-exp is Milakov and Gimelshein (arXiv 1805.02867).
+    Source: docs/design.md; the online log-sum-exp is Milakov and Gimelshein (arXiv 1805.02867).
     """
     options = HeadOptions(softcap, scale, ignore_index)
     rows = head_rows("linear_nll", hidden, weight, target, bias, options, shift, debug)

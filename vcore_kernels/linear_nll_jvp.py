@@ -44,8 +44,7 @@ def linear_nll_jvp(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit.
 
-    Source: the utility of VCORE (arXiv 2510.27462) as a forward-mode derivative, DESIGN sections 1
-    and 4.
+    Source: the utility of VCORE (arXiv 2510.27462) as a forward-mode derivative, docs/design.md.
     """
     op = "linear_nll_jvp"
     options = HeadOptions(softcap, scale, ignore_index)
