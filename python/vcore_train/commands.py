@@ -35,7 +35,12 @@ EmptyRows = Literal["error", "skip"]
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 
-def option(help: str, *names: str, panel: str | None = None, **kwargs: Any) -> Any:
+def option(
+    help: str, *names: str, panel: str | None = None, default: str | None = None, **kwargs: Any
+) -> Any:
+    """``default``: what leaving the option out means, where its own default is None."""
+    if default is not None:
+        help = f"{help.removesuffix('.')} (default: {default})."
     return typer.Option(*names, help=help, rich_help_panel=panel, **kwargs)
 
 
@@ -76,7 +81,7 @@ def train(
     ] = None,
     eval_limit: Annotated[int | None, option("Only the first held-out rows.", panel=DATA)] = None,
     max_length: Annotated[
-        int | None, option("Tokens a row may have (default: the model's window).", panel=DATA)
+        int | None, option("Tokens a row may have.", default="the model's window", panel=DATA)
     ] = None,
     long_rows: Annotated[
         LongRows,
@@ -105,18 +110,18 @@ def train(
         option("JSON configuration (with model_type) of a model from scratch.", panel=MODEL),
     ] = None,
     layers: Annotated[
-        int | None, option("Layers of a Qwen3 model from scratch [default: 6].", panel=MODEL)
+        int | None, option("Layers of a Qwen3 model from scratch.", default="6", panel=MODEL)
     ] = None,
-    hidden: Annotated[int | None, option("Its width [default: 256].", panel=MODEL)] = None,
-    heads: Annotated[int | None, option("Its attention heads [default: 4].", panel=MODEL)] = None,
+    hidden: Annotated[int | None, option("Its width.", default="256", panel=MODEL)] = None,
+    heads: Annotated[int | None, option("Its attention heads.", default="4", panel=MODEL)] = None,
     kv_heads: Annotated[
-        int | None, option("Its key and value heads [default: half the heads].", panel=MODEL)
+        int | None, option("Its key and value heads.", default="half the heads", panel=MODEL)
     ] = None,
     intermediate: Annotated[
-        int | None, option("Width of its MLP [default: 3 x hidden].", panel=MODEL)
+        int | None, option("Width of its MLP.", default="3 x hidden", panel=MODEL)
     ] = None,
     window: Annotated[
-        int | None, option("Its window in tokens [default: 2048].", panel=MODEL)
+        int | None, option("Its window in tokens.", default="2048", panel=MODEL)
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -142,44 +147,70 @@ def train(
     ] = "all-linear",
     # vcore
     direction: Annotated[
-        Direction | None, option("Where the descent direction comes from.", panel=WEIGHTS)
+        Direction | None,
+        option("Where the descent direction comes from.", panel=WEIGHTS, default="probe"),
     ] = None,
     utility_method: Annotated[
-        UtilityMethod | None, option("How utilities are computed.", panel=WEIGHTS)
+        UtilityMethod | None,
+        option("How utilities are computed.", panel=WEIGHTS, default="jvp"),
     ] = None,
     epsilon: Annotated[
         float | None, option("Step of the difference methods; by default chosen.", panel=WEIGHTS)
     ] = None,
     kl_budget: Annotated[
         float | None,
-        option("Sharpest weights within this KL from uniform, nats [default: 0.1].", panel=WEIGHTS),
+        option("Sharpest weights within this KL from uniform, nats.", default="0.1", panel=WEIGHTS),
     ] = None,
     tau: Annotated[float | None, option("Instead: factor on the utilities.", panel=WEIGHTS)] = None,
     temperature: Annotated[float | None, option("Instead: 1 / tau.", panel=WEIGHTS)] = None,
-    kl_scope: Annotated[KlScope | None, option("Where the budget holds.", panel=WEIGHTS)] = None,
+    kl_scope: Annotated[
+        KlScope | None, option("Where the budget holds.", panel=WEIGHTS, default="trajectory")
+    ] = None,
     variance_control: Annotated[
-        VarianceControl | None, option("How the scale alpha of a step is found.", panel=WEIGHTS)
+        VarianceControl | None,
+        option("How the scale alpha of a step is found.", panel=WEIGHTS, default="utility"),
     ] = None,
     variance_cap: Annotated[
-        float | None, option("Upper bound of alpha; 0 for none.", panel=WEIGHTS)
+        float | None, option("Upper bound of alpha; 0 for none.", panel=WEIGHTS, default="1.0")
     ] = None,
     every: Annotated[
-        int | None, option("Steps that a direction is kept for.", panel=WEIGHTS)
+        int | None, option("Steps that a direction is kept for.", panel=WEIGHTS, default="1")
     ] = None,
     anchor_steps: Annotated[
-        int | None, option("Weight only every k-th step.", panel=WEIGHTS)
+        int | None, option("Weight only every k-th step.", panel=WEIGHTS, default="1")
     ] = None,
     probe_batch_size: Annotated[int | None, option("Rows in a probe batch.", panel=WEIGHTS)] = None,
+    probe_replacement: Annotated[
+        bool | None,
+        option(
+            "Draw probe rows with replacement, or go through all before any comes again.",
+            "--probe-replacement/--no-probe-replacement",
+            panel=WEIGHTS,
+            default="True",
+        ),
+    ] = None,
     probe_max_norm: Annotated[
         float | None, option("Clip the direction to this norm.", panel=WEIGHTS)
     ] = None,
-    ema_decay: Annotated[float | None, option("Decay of direction ema.", panel=WEIGHTS)] = None,
+    ema_decay: Annotated[
+        float | None, option("Decay of direction ema.", panel=WEIGHTS, default="0.9")
+    ] = None,
     # others
     random_keep: Annotated[
-        float | None, option("Supervised share of a response for random.", panel=OTHERS)
+        float | None,
+        option("Supervised share of a response for random.", panel=OTHERS, default="0.2"),
     ] = None,
     iw_level: Annotated[
-        IwLevel | None, option("Importance weights for iw_sft.", panel=OTHERS)
+        IwLevel | None,
+        option("Importance weights for iw_sft.", panel=OTHERS, default="sequence"),
+    ] = None,
+    iw_temp: Annotated[
+        float | None,
+        option("Factor on iw_sft's log-ratio of a sequence.", panel=OTHERS, default="1.0"),
+    ] = None,
+    iw_clip: Annotated[
+        tuple[float, float] | None,
+        option("Lower and upper bound of iw_sft's weights.", panel=OTHERS),
     ] = None,
     # training
     steps: Annotated[int | None, option("Optimizer steps; instead of --epochs.", panel=RUN)] = None,
@@ -188,7 +219,7 @@ def train(
     accumulation: Annotated[int, option("Micro-batches in an optimizer step.", panel=RUN)] = 1,
     lr: Annotated[
         float | None,
-        option("Learning rate [default: 1e-3 from scratch, 2e-5 for --model].", panel=RUN),
+        option("Learning rate.", default="1e-3 from scratch, 2e-5 for --model", panel=RUN),
     ] = None,
     schedule: Annotated[Schedule, option("Learning rate after warm-up.", panel=RUN)] = "linear",
     warmup: Annotated[
@@ -215,7 +246,7 @@ def train(
     keep: Annotated[int, option("Checkpoints to keep.", panel=RUN)] = 2,
     log_every: Annotated[
         int | None,
-        option("Steps between lines of metrics.jsonl [default: about 200 lines].", panel=RUN),
+        option("Steps between lines of metrics.jsonl.", default="about 200 lines", panel=RUN),
     ] = None,
 ) -> None:
     """Train a model on prompts and responses; see --method for the objective."""
@@ -253,10 +284,13 @@ def train(
         "every": every,
         "anchor_steps": anchor_steps,
         "probe_batch_size": probe_batch_size,
+        "probe_replacement": probe_replacement,
         "probe_max_norm": probe_max_norm,
         "ema_decay": ema_decay,
         "random_keep": random_keep,
         "iw_level": iw_level,
+        "iw_temp": iw_temp,
+        "iw_clip": None if iw_clip is None else list(iw_clip),
     }
     arguments: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if variance_cap == 0:
@@ -333,7 +367,7 @@ def train(
 
 @app.command()
 def demo(
-    steps: Annotated[int | None, option("Steps of each method.", show_default="250")] = None,
+    steps: Annotated[int | None, option("Steps of each method.", default="250")] = None,
     seed: Annotated[int, option("Of everything.")] = 0,
     out: Annotated[Path, option("Folder for figures, plots and the weights page.")] = Path(
         "vcore-demo"
@@ -356,7 +390,7 @@ def show_weights(
     row: Annotated[int, option("Which row, counted from 1.")] = 1,
     prompt: Annotated[str | None, option("Instead of a row: a prompt ...")] = None,
     response: Annotated[str | None, option("... and its response.")] = None,
-    kl_budget: Annotated[float | None, option("KL from uniform, nats [default: 0.1].")] = None,
+    kl_budget: Annotated[float | None, option("KL from uniform, nats.", default="0.1")] = None,
     tau: Annotated[float | None, option("Instead: factor on the utilities.")] = None,
     temperature: Annotated[float | None, option("Instead: 1 / tau.")] = None,
     probe_rows: Annotated[int, option("Rows whose mean gradient is the descent direction.")] = 64,

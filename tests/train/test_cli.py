@@ -1,8 +1,10 @@
+import inspect
 import json
 import math
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vcore_train import run_log
 from vcore_train.arithmetic import generate_problems
 from vcore_train.cli import main
+from vcore_train.commands import train
+from vcore_train.config import VcoreConfig
 from vcore_train.run_log import read_metrics
 
 GSM8K = Path(__file__).parents[2].parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -71,10 +75,22 @@ def test_train_leaves_a_model_metrics_and_plots(trained, capsys):
         assert (trained / "plots" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_option_of_the_configuration_is_an_option_of_train():
+    inherited = {field.name for field in fields(transformers.TrainingArguments)}
+    own = [field for field in fields(VcoreConfig) if field.name not in inherited]
+    options = inspect.signature(train).parameters
+    assert len(own) > 20
+    for field in own:
+        text = options[field.name].annotation.__metadata__[0].help
+        if field.default is not None and field.name not in ("method", "packing"):
+            assert f"(default: {field.default})" in text, field.name
+
+
 @pytest.mark.parametrize("method", ["sft", "random", "dft", "iw_sft"])
 def test_every_method_trains(problems, tmp_path, capsys, method):
     out = tmp_path / "out"
-    assert vcore("train", problems, "--method", method, "--out", out, "--steps", 2, *QUICK) == 0
+    options = ["--iw-clip", "0.5", "2", "--iw-temp", "0.5", *QUICK]
+    assert vcore("train", problems, "--method", method, "--out", out, "--steps", 2, *options) == 0
     assert "training loss" in capsys.readouterr().out
     assert {row["method"] for row in read_metrics(out / "metrics.jsonl")} == {method}
 
