@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
             raise OSError("cmake is not installed")
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
+        prefix = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         configure = [
             cmake,
             "-S",

@@ -28,14 +28,6 @@ ROUNDINGS = [(dtype, "nearest") for dtype in DTYPES] + [(d, "stochastic") for d 
 SIZES = [1, 63, 1023, 1024, 1025, 32 * 1024 + 17, 100_003]
 
 
-@pytest.fixture(params=["reference", "cpp"])
-def backend(request):
-    support = backends()[request.param]
-    if not support:
-        pytest.skip(support.reason)
-    return request.param
-
-
 def bits(tensor):
     return tensor.detach().view(BITS.get(tensor.dtype, torch.int16)).clone()
 

@@ -1,0 +1,74 @@
+# make test    sets everything up and runs the core tests        make demo    sets everything up and runs the demonstration
+# make lint    what CI checks besides                            make bench   the benchmarks
+# Both set themselves up from nothing: a virtual environment in .venv, PyTorch, the requirements, the compiled kernels.
+# Later calls reuse all that and rebuild the kernels only when their sources have changed.
+#
+#   PYTHON=python3.12            which Python the virtual environment is made with (3.10 to 3.13)
+#   TORCH_ARGS="--index-url U"   more arguments to pip for PyTorch alone, for example an index of CPU-only builds
+#   PYTEST_ARGS="-k perturbed"   more arguments to pytest
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+VCORE_BUILD_CPP ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*)
+CPP := $(filter %.h %.cpp,$(wildcard csrc/*))
+# Tests that need a device, other tools or much time; .ci/run runs them where it can.
+CORE := not gpu and not interpreter and not aot and not distributed and not slow
+
+.DELETE_ON_ERROR:
+.PHONY: help setup test demo lint format bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^PYTHON/q' Makefile
+
+$(VENV)/torch.stamp:
+	@echo "[1/3] virtual environment and $(TORCH)"
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("Python 3.10 to 3.13 is needed, $(PYTHON) is %d.%d. Use make PYTHON=..." % v)'
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)."; exit 1; }
+	@# PyTorch alone and first, by its exact version: whatever asks for torch later finds it satisfied.
+	@$(BIN)/python -m pip install -q "$(TORCH)" $(TORCH_ARGS)
+	@touch $@
+
+# The compiled kernels are left to the next step, so that a change of requirements does not rebuild them.
+$(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "[2/3] requirements"
+	@$(BIN)/python -m pip install -q "setuptools>=77" "cmake>=3.20" ninja
+	@VCORE_BUILD_CPP=0 $(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
+	@touch $@
+
+$(VENV)/kernels.stamp: $(VENV)/packages.stamp $(NATIVE)
+	@echo "[3/3] compiled kernels"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" VCORE_BUILD_CPP=$(VCORE_BUILD_CPP) $(BIN)/python setup.py -q build_ext --inplace >$(VENV)/kernels.log 2>&1 \
+	  || { cat $(VENV)/kernels.log; exit 1; }
+	@grep -h "were not built" $(VENV)/kernels.log || true
+	@touch $@
+
+setup: $(VENV)/kernels.stamp
+
+test: setup
+	$(BIN)/python -m pytest -q -m "$(CORE)" $(PYTEST_ARGS)
+
+demo: setup
+	$(BIN)/vcore demo
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: setup
+	$(BIN)/python -m pytest -q benchmarks/bench_*.py --benchmark-json=benchmarks/results/latest.json $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info vcore_kernels/_C.so .pytest_cache .mypy_cache .ruff_cache
