@@ -1,6 +1,7 @@
 """Drives CMakeLists.txt, which owns the compiled part. All metadata is in pyproject.toml.
 
-VCORE_BUILD_CPP=auto (default) builds where a compiler is found and warns where not, 1 fails hard, 0 skips.
+VCORE_BUILD_CPP=auto (default) builds where a compiler is found and warns where not, 1 fails hard, 0
+skips.
 """
 
 import os
@@ -31,8 +32,8 @@ class CMakeBuild(build_ext):
                     f"VCORE_BUILD_CPP=1, but the C++ kernels did not build: {error}"
                 ) from error
             warnings.warn(
-                f"the C++ kernels were not built ({error}); vcore_kernels falls back to the reference "
-                "backend on a CPU. Set VCORE_BUILD_CPP=1 to make this an error.",
+                f"the C++ kernels were not built ({error}); vcore_kernels falls back to the "
+                "reference backend on a CPU. Set VCORE_BUILD_CPP=1 to make this an error.",
                 stacklevel=1,
             )
 

@@ -1,12 +1,13 @@
 """In-place perturbation beside `torch._foreach_add_` and the copies that it replaces.
 
-    python -m pytest benchmarks/bench_perturb.py -q          (--benchmark-json=FILE keeps the figures)
+    python -m pytest benchmarks/bench_perturb.py -q     (--benchmark-json=FILE keeps the figures)
 
-Every subject runs once in each round, in turn, so that a busy machine slows all of them alike; times are medians over
-the rounds. GB/s counts what each one must move, once: add reads theta and g and writes theta (3 x the parameters);
-a perturbation writes the old values too (4 x), a restore reads and writes (2 x), clone + add + copy back is
-2 + 3 + 2 = 7 x. "ratio" is the bandwidth over that of `_foreach_add_` in the same round, by the clock on the wall and by
-processor time: with OMP_NUM_THREADS=1 the latter is what to read where other programs compete for the cores.
+Every subject runs once in each round, in turn, so that a busy machine slows all of them alike;
+times are medians over the rounds. GB/s counts what each one must move, once: add reads theta and g
+and writes theta (3 x the parameters); a perturbation writes the old values too (4 x), a restore
+reads and writes (2 x), clone + add + copy back is 2 + 3 + 2 = 7 x. "ratio" is the bandwidth over
+that of `_foreach_add_` in the same round, by the clock on the wall and by processor time: with
+OMP_NUM_THREADS=1 the latter is what to read where other programs compete for the cores.
 """
 
 import statistics
@@ -121,7 +122,8 @@ def test_perturb(benchmark, dtype, layout, capsys):
     )
     size = sum(p.nbytes for p in params) / 1e9
     lines = [
-        f"{dtype}, {layout} ({len(params)} tensors, {size:.2f} GB), {torch.get_num_threads()} threads"
+        f"{dtype}, {layout} ({len(params)} tensors, {size:.2f} GB), {torch.get_num_threads()} "
+        "threads"
     ]
     for name in rounds[0]:
         units = UNITS[name] / UNITS["_foreach_add_"]

@@ -1,4 +1,4 @@
-"""Moves parameters along a direction in place, ``theta <- theta - epsilon * g``, and back again, bit for bit."""
+"""Moves parameters in place, ``theta <- theta - epsilon * g``, and back again, bit for bit."""
 
 import math
 import threading
@@ -35,7 +35,8 @@ class NonFiniteDirectionError(ValueError):
 class Perturbation:
     """Parameters that :func:`perturb_` has moved, and what :func:`restore_` needs to put them back.
 
-    Dropping it without a :func:`restore_` leaves the parameters where they are and releases the rest.
+    Dropping it without a :func:`restore_` leaves the parameters where they are and releases the
+    rest.
     """
 
     params: list[Tensor]  # each storage once, empty tensors left out
@@ -65,11 +66,13 @@ def _fake_nothing(*_) -> None:
 
 
 define(
-    "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!)[] saved, float epsilon, int? seed) -> Tensor",
+    "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!)[] saved, float epsilon, int? "
+    "seed) -> Tensor",
     _fake_counts,
 )
 define(
-    "perturb_swap_(Tensor(a!)[] params, Tensor(b!)[] direction, float epsilon, int? seed) -> Tensor",
+    "perturb_swap_(Tensor(a!)[] params, Tensor(b!)[] direction, float epsilon, int? seed) -> "
+    "Tensor",
     _fake_counts,
 )
 define("restore_(Tensor(a!)[] params, Tensor[] saved) -> ()", _fake_nothing)
@@ -91,9 +94,9 @@ def perturb_(
 ) -> Perturbation:
     """Moves each parameter in place, ``theta <- theta - epsilon * g``, until :func:`restore_`.
 
-    The product and the difference are formed in fp32 (float64 for float64 parameters) and rounded once to the
-    parameter's dtype. Tied parameters move once. The arguments, errors and warnings are those of
-    :func:`perturbed`, which is this and :func:`restore_` as a context manager.
+    The product and the difference are formed in fp32 (float64 for float64 parameters) and rounded
+    once to the parameter's dtype. Tied parameters move once. The arguments, errors and warnings are
+    those of :func:`perturbed`, which is this and :func:`restore_` as a context manager.
     """
     plan = _plan(list(params), list(direction), epsilon, rounding, consume_direction)
     if not plan.params:
@@ -135,10 +138,12 @@ def _move(
 
 @torch.no_grad()
 def restore_(perturbation: Perturbation) -> None:
-    """Puts the parameters of a :func:`perturb_` back, bit for bit (NaN payloads and signed zeros included).
+    """Puts the parameters of a :func:`perturb_` back, bit for bit.
 
-    Raises RuntimeError if they were put back before, or if a parameter's ``data`` was replaced in between (the
-    others are put back).
+    NaN payloads and the signs of zeros included.
+
+    Raises RuntimeError if they were put back before, or if a parameter's ``data`` was replaced in
+    between (the others are put back).
     """
     if not perturbation.active:
         raise RuntimeError("restore_: these parameters have been restored already.")
@@ -160,8 +165,8 @@ def restore_(perturbation: Perturbation) -> None:
     _end(perturbation)
     if moved:
         raise RuntimeError(
-            f"restore_: the storage of parameters {moved} was replaced while they were perturbed. Do not "
-            "assign to .data or move the model to another device inside perturbed(...)."
+            f"restore_: the storage of parameters {moved} was replaced while they were perturbed. "
+            "Do not assign to .data or move the model to another device inside perturbed(...)."
         )
 
 
@@ -176,42 +181,49 @@ def perturbed(
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Iterator[Perturbation]:
-    """Inside the ``with`` block the parameters stand at ``theta - epsilon * g``; after it, bit for bit, at theta.
+    """A ``with`` block inside which the parameters stand at ``theta - epsilon * g``.
 
-    They are restored whatever ends the block, an exception included. This is the parameter move of a
-    finite-difference probe (VCORE, arXiv 2510.27462: the utility of token t is (l_t(theta) -
-    l_t(theta - epsilon * g)) / epsilon), without a copy of the model and without a pass over the host.
+    After it they stand, bit for bit, where they were, whatever ends the block, an exception
+    included. This is the parameter move of a finite-difference probe (VCORE, arXiv 2510.27462: the
+    utility of token t is (l_t(theta) - l_t(theta - epsilon * g)) / epsilon), without a copy of the
+    model and without a pass over the host.
 
-    **Rounding.** A step below half a unit in the last place leaves an entry where it is: a bf16 weight of 0.02
-    moves in steps of 1.2e-4, so with ``epsilon * g`` of 1e-6 a bf16 model does not move *at all* with
-    ``rounding="nearest"``, and the probe measures nothing. Where that befalls most entries,
-    :class:`StalledPerturbationWarning` says so. ``rounding="stochastic"`` moves each entry with a probability that
-    makes the expected step exact; the noise of that is the price. Choose epsilon by the dtype.
+    **Rounding.** A step below half a unit in the last place leaves an entry where it is: a bf16
+    weight of 0.02 moves in steps of 1.2e-4, so with ``epsilon * g`` of 1e-6 a bf16 model does not
+    move *at all* with ``rounding="nearest"``, and the probe measures nothing. Where that befalls
+    most entries, :class:`StalledPerturbationWarning` says so. ``rounding="stochastic"`` moves each
+    entry with a probability that makes the expected step exact; the noise of that is the price.
+    Choose epsilon by the dtype.
 
-    **Memory.** By default the direction survives and the old values go to one backup buffer (as large as the
-    parameters), which is kept and used again by the next call; :func:`free_backup_buffers` releases it. With
-    ``consume_direction=True`` the old values are swapped into the direction's own storage and no memory is needed:
-    do not touch the direction inside the block; after it, its content is gone (it holds the parameters).
+    **Memory.** By default the direction survives and the old values go to one backup buffer (as
+    large as the parameters), which is kept and used again by the next call;
+    :func:`free_backup_buffers` releases it. With ``consume_direction=True`` the old values are
+    swapped into the direction's own storage and no memory is needed: do not touch the direction
+    inside the block; after it, its content is gone (it holds the parameters).
 
     Args:
-        params: tensors of any shapes, float32, bfloat16, float16 or float64, each dense in memory (a view with gaps is
-            refused). A tensor that appears twice (tied weights) moves once, and needs the same direction twice.
-        direction: g, one tensor for each parameter, of its shape and device, of any of these dtypes. With
-            ``consume_direction`` also of its dtype and strides, and overlapping nothing else.
-        epsilon: step size, positive, in the units of theta / g. For theta + epsilon * g negate g in place.
+        params: tensors of any shapes, float32, bfloat16, float16 or float64, each dense in memory
+            (a view with gaps is refused). A tensor that appears twice (tied weights) moves once,
+            and needs the same direction twice.
+        direction: g, one tensor for each parameter, of its shape and device, of any of these
+            dtypes. With ``consume_direction`` also of its dtype and strides, and overlapping
+            nothing else.
+        epsilon: step size, positive, in the units of theta / g. For theta + epsilon * g negate g in
+            place.
         rounding: "nearest" (ties to even) or "stochastic" (not for float64).
-        generator: source of the one seed that stochastic rounding draws (None: the CPU's default generator).
-            The result depends on that seed alone, not on the number of threads or the backend.
+        generator: source of the one seed that stochastic rounding draws (None: the CPU's default
+            generator). The result depends on that seed alone, not on the number of threads or the
+            backend.
         backend: "auto", "cpp" or "reference"; both give the same bits.
 
     Yields:
-        The :class:`Perturbation`, whose ``stalled`` is the share of the entries with a nonzero direction that
-        rounding left where they were.
+        The :class:`Perturbation`, whose ``stalled`` is the share of the entries with a nonzero
+        direction that rounding left where they were.
 
     Raises:
         ValueError, TypeError: arguments that do not fit together, named. Nothing has been touched.
-        NonFiniteDirectionError: NaN or infinity in the direction, found in the same pass. The parameters are as they
-            were; a direction to be consumed is gone.
+        NonFiniteDirectionError: NaN or infinity in the direction, found in the same pass. The
+            parameters are as they were; a direction to be consumed is gone.
         RuntimeError: one of the tensors is perturbed already. Disjoint sets of tensors do nest.
     """
     perturbation = perturb_(
@@ -256,11 +268,12 @@ class _Extent(NamedTuple):
 
 
 def _plan(params, direction, epsilon, rounding, consume_direction) -> _Plan:
-    """Checks the arguments; returns each nonempty storage once, directions in the strides of their parameters."""
+    """Checks the arguments; each nonempty storage once, directions in their parameter's strides."""
     smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not (math.isfinite(epsilon) and smallest <= epsilon <= largest):
         raise ValueError(
-            f"perturbed: epsilon must be positive, finite and within the range of float32, got {epsilon}."
+            "perturbed: epsilon must be positive, finite and within the range of float32, got "
+            f"{epsilon}."
         )
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(
@@ -268,8 +281,8 @@ def _plan(params, direction, epsilon, rounding, consume_direction) -> _Plan:
         )
     if len(params) != len(direction):
         raise ValueError(
-            f"perturbed: {len(params)} params but {len(direction)} tensors in direction. Pass one for each, "
-            "in the same order."
+            f"perturbed: {len(params)} params but {len(direction)} tensors in direction. Pass one "
+            "for each, in the same order."
         )
     first: dict[tuple, int] = {}
     chosen_params: list[Tensor] = []
@@ -284,8 +297,8 @@ def _plan(params, direction, epsilon, rounding, consume_direction) -> _Plan:
             twin = first[place]
             if g is not direction[twin] and not torch.equal(g, direction[twin]):
                 raise ValueError(
-                    f"perturbed: params[{twin}] and params[{number}] are tied (the same memory), but their "
-                    "directions differ. Pass the parameter once, with the sum of both."
+                    f"perturbed: params[{twin}] and params[{number}] are tied (the same memory), "
+                    "but their directions differ. Pass the parameter once, with the sum of both."
                 )
             continue
         first[place] = number
@@ -297,8 +310,8 @@ def _plan(params, direction, epsilon, rounding, consume_direction) -> _Plan:
         extents.append(_extent(g, consume_direction, f"direction[{number}]"))
     if shared := _overlap(extents):
         raise ValueError(
-            f"perturbed: {shared[0]} and {shared[1]} share part of their memory. Pass whole tensors, tied ones "
-            "as they are, and a direction with memory of its own."
+            f"perturbed: {shared[0]} and {shared[1]} share part of their memory. Pass whole "
+            "tensors, tied ones as they are, and a direction with memory of its own."
         )
     return _Plan(chosen_params, chosen_direction, extents)
 
@@ -307,8 +320,8 @@ def _check_pair(number, param, g, rounding, consume_direction) -> None:
     for name, tensor in (("params", param), ("direction", g)):
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"perturbed: {name}[{number}] is {type(tensor).__name__}, expected a tensor. Leave parameters "
-                "without a gradient out of both lists."
+                f"perturbed: {name}[{number}] is {type(tensor).__name__}, expected a tensor. "
+                "Leave parameters without a gradient out of both lists."
             )
         if (
             tensor.dtype not in _DTYPES
@@ -316,9 +329,9 @@ def _check_pair(number, param, g, rounding, consume_direction) -> None:
             or is_traceable_wrapper_subclass(tensor)
         ):
             raise TypeError(
-                f"perturbed: {name}[{number}] is a {type(tensor).__name__} of {tensor.dtype} ({tensor.layout}), "
-                "expected a plain dense tensor of float32, bfloat16, float16 or float64. Of a quantised model "
-                "pass the adapters' parameters only."
+                f"perturbed: {name}[{number}] is a {type(tensor).__name__} of {tensor.dtype} "
+                f"({tensor.layout}), expected a plain dense tensor of float32, bfloat16, float16 "
+                "or float64. Of a quantised model pass the adapters' parameters only."
             )
     if param.shape != g.shape:
         raise ValueError(
@@ -331,19 +344,20 @@ def _check_pair(number, param, g, rounding, consume_direction) -> None:
         )
     if rounding == "stochastic" and param.dtype == torch.float64:
         raise TypeError(
-            f"perturbed: params[{number}] is float64, which rounding='stochastic' does not serve: there is no "
-            "wider type to round from. Use rounding='nearest'."
+            f"perturbed: params[{number}] is float64, which rounding='stochastic' does not serve: "
+            "there is no wider type to round from. Use rounding='nearest'."
         )
     if not (param.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(param)):
         raise ValueError(
-            f"perturbed: params[{number}] (shape {list(param.shape)}, strides {list(param.stride())}) is a view "
-            "with gaps or overlaps. Pass the tensor it is a view of."
+            f"perturbed: params[{number}] (shape {list(param.shape)}, strides "
+            f"{list(param.stride())}) is a view with gaps or overlaps. Pass the tensor it is a "
+            "view of."
         )
     if consume_direction and (g.dtype != param.dtype or g.stride() != param.stride()):
         raise ValueError(
-            f"perturbed: consume_direction=True swaps values, so direction[{number}] must have the dtype and "
-            f"strides of params[{number}] ({param.dtype}, {list(param.stride())}), got {g.dtype}, "
-            f"{list(g.stride())}. Convert it, or leave consume_direction off."
+            f"perturbed: consume_direction=True swaps values, so direction[{number}] must have "
+            f"the dtype and strides of params[{number}] ({param.dtype}, {list(param.stride())}), "
+            f"got {g.dtype}, {list(g.stride())}. Convert it, or leave consume_direction off."
         )
 
 
@@ -372,7 +386,7 @@ def _draw_seed(generator: torch.Generator | None) -> int:
 
 
 def _bump_versions(tensors: Sequence[Tensor]) -> None:
-    """Lets autograd see the write: a backward pass over a saved tensor that has moved since must raise."""
+    """Lets autograd see the write: a backward pass over what has moved since must raise."""
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
@@ -380,16 +394,17 @@ def _check_counts(perturbation: Perturbation, counts: Tensor, rounding: Rounding
     nonfinite = counts[:, 2].nonzero().flatten().tolist()
     if nonfinite:
         raise NonFiniteDirectionError(
-            f"perturbed: the direction of {len(nonfinite)} of {len(counts)} parameters holds NaN or infinity, "
-            f"the first of them of shape {list(perturbation.params[nonfinite[0]].shape)}. The parameters are "
-            "unchanged."
+            f"perturbed: the direction of {len(nonfinite)} of {len(counts)} parameters holds NaN "
+            "or infinity, the first of them of shape "
+            f"{list(perturbation.params[nonfinite[0]].shape)}. The parameters are unchanged."
         )
     nonzero, moved, _ = counts.sum(0).tolist()
     perturbation.stalled = max(0.0, 1 - moved / nonzero) if nonzero else 0.0
     if rounding == "nearest" and perturbation.stalled > 0.5:
         warnings.warn(
-            f"perturbed: {perturbation.stalled:.0%} of the entries did not move: the step is below half a unit in "
-            "the last place of the parameters. Use a larger epsilon, rounding='stochastic', or float32 parameters.",
+            f"perturbed: {perturbation.stalled:.0%} of the entries did not move: the step is "
+            "below half a unit in the last place of the parameters. Use a larger epsilon, "
+            "rounding='stochastic', or float32 parameters.",
             StalledPerturbationWarning,
             stacklevel=5,
         )
@@ -408,8 +423,8 @@ def _begin(perturbation: Perturbation, extents: Sequence[_Extent]) -> None:
         under_way = [extent for other in _perturbed_now for extent in other.extents]
         if shared := _overlap([*extents, *under_way]):
             raise RuntimeError(
-                f"perturbed: {shared[0]} is perturbed already. Restore it first; only disjoint sets of tensors "
-                "nest."
+                f"perturbed: {shared[0]} is perturbed already. Restore it first; only disjoint "
+                "sets of tensors nest."
             )
         _perturbed_now.add(perturbation)
 

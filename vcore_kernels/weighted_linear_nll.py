@@ -88,8 +88,8 @@ def weighted_sum(token_weight: Tensor, nll: Tensor) -> Tensor:
 
 define(
     "weighted_linear_nll(Tensor hidden, Tensor weight, Tensor target, Tensor token_weight,"
-    " Tensor? bias, float softcap, float scale, int ignore_index, bool need_hidden, bool need_weight,"
-    " bool need_bias)"
+    " Tensor? bias, float softcap, float scale, int ignore_index, bool need_hidden,"
+    " bool need_weight, bool need_bias)"
     " -> (Tensor loss, Tensor nll, Tensor, Tensor, Tensor)",
     lambda *args: (
         args[0].new_empty((), dtype=reference.statistics_dtype(args[0].dtype)),

@@ -1,4 +1,4 @@
-"""perturbed, perturb_ and restore_: same bits from both backends, exact restore, everything that must be refused."""
+"""perturbed, perturb_ and restore_: same bits from both backends, exact restore, refusals."""
 
 import gc
 import importlib
@@ -38,7 +38,7 @@ def some_params(dtype, sizes=(3, 1, 1025, 4096 * 5 + 3), seed=0):
 
 
 def every_bit_pattern(dtype):
-    """All 65,536 values of a 16-bit dtype, else special values and their neighbours: NaN payloads included."""
+    """All values of a 16-bit dtype, else special ones and their neighbours; NaN payloads too."""
     if dtype in (torch.bfloat16, torch.float16):
         return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     width = BITS[dtype]
