@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
@@ -278,7 +279,8 @@ class VcoreTrainer(Trainer):
     ) -> Tensor:
         if self._position == 0:
             self._begin_step(num_items_in_batch)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with record_function("vcore::training_pass"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._position += 1
         if self._position == len(self._step_batches):
             self._step_batches, self._step_weights = [], None
@@ -386,25 +388,28 @@ class VcoreTrainer(Trainer):
             return None  # nothing to weigh, or no direction yet: a stream serves no probe batch
         try:
             with self.compute_loss_context_manager():
-                direction = self._schedule.direction(
-                    self.state.global_step, model, self.optimizer, self._probe_batches()
-                )
-                pairs = [
-                    token_utilities_and_nll(
-                        model,
-                        model_inputs(batch),
-                        direction,
-                        method=cast(Method, self.args.utility_method),
-                        epsilon=self.args.epsilon,
+                with record_function("vcore::direction"):
+                    direction = self._schedule.direction(
+                        self.state.global_step, model, self.optimizer, self._probe_batches()
                     )
-                    for batch in batches
-                ]
+                with record_function("vcore::utilities"):
+                    pairs = [
+                        token_utilities_and_nll(
+                            model,
+                            model_inputs(batch),
+                            direction,
+                            method=cast(Method, self.args.utility_method),
+                            epsilon=self.args.epsilon,
+                        )
+                        for batch in batches
+                    ]
         except NonFiniteDirectionError as error:
             self._fall_back(str(error))
             return None
-        result = weigh(
-            self.args, tokens, [pair.nll for pair in pairs], [pair.utility for pair in pairs]
-        )
+        with record_function("vcore::weights"):
+            result = weigh(
+                self.args, tokens, [pair.nll for pair in pairs], [pair.utility for pair in pairs]
+            )
         if not result.finite:
             self._fall_back("a utility is NaN or infinite")
             return None
