@@ -40,5 +40,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int = 1) -> None:
-    print(f"vcore: {message}", file=sys.stderr)
+    print(f"vcore: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)

@@ -26,6 +26,6 @@ def quiet_other_libraries() -> None:
 
         datasets.disable_progress_bars()
         datasets.utils.logging.set_verbosity_error()
-    for name in ("accelerate", "peft", "torch", "matplotlib"):
+    for name in ("accelerate", "huggingface_hub", "matplotlib", "peft", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|peft|datasets)\b")

@@ -86,9 +86,10 @@ def new_model(
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with a padding token."""
+    _check_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(f"{name}: no tokenizer there ({_first_line(error)})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -97,12 +98,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load_model(name: str, *, dtype: str = "float32") -> PreTrainedModel:
     """A checkpoint by path or name, its weights in ``dtype`` (``"auto"``: as they were saved)."""
+    _check_place(name)
     if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"--dtype must be auto, {' or '.join(DTYPES)}, got {dtype!r}.")
+        raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}.")
     try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, dtype))
     except OSError as error:
         raise FileNotFoundError(f"{name}: no model there ({_first_line(error)})") from error
+
+
+def _check_place(name: str) -> None:
+    """Raises for a path that is no checkpoint; anything else may be a name on the hub."""
+    path = Path(name)
+    if path.exists():
+        if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"{name}: not a checkpoint, it holds no config.json.")
+    elif name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name}: no such folder.")
 
 
 def window_of(model: PreTrainedModel | PretrainedConfig) -> int:

@@ -146,6 +146,8 @@ def train(options: TrainOptions, console: Console) -> TrainSummary:
 
 def _checkpoint(options: TrainOptions) -> str | None:
     """The checkpoint to resume from; refuses to mix two runs in one folder."""
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out}: is a file, expected a folder.")
     last = get_last_checkpoint(str(options.out)) if options.out.is_dir() else None
     if options.resume:
         if last is None:

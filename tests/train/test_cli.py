@@ -222,6 +222,13 @@ def test_more_mistakes(tmp_path, capsys):
     assert vcore("train", broken, "--method", "magic") == 2
     assert vcore("train", broken, "--model", tmp_path, "--layers", 3) == 1
     assert "--layers: the size is given by --model" in capsys.readouterr().err
+    broken.write_text('{"question": "q", "answer": "a"}\n')
+    assert vcore("train", broken, "--model", tmp_path, "--out", tmp_path / "out") == 1
+    assert "it holds no config.json" in capsys.readouterr().err
+    assert vcore("train", broken, "--model", tmp_path / "nowhere", "--out", tmp_path / "out") == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert vcore("train", broken, "--out", broken) == 1
+    assert "is a file, expected a folder" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
         main(["--debug", "train", str(tmp_path / "none.jsonl")])
 
