@@ -51,7 +51,12 @@ VCORE_INLINE void gemm_block(int64_t groups, const T* a, int64_t lda, const T* b
   constexpr int64_t lanes = kLanes<A>;
   Vec<A> sum[kRows][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = Vec<A>{};
+  for (int i = 0; i < kRows; ++i) {
+    sum[i][0] = sum[i][1] = Vec<A>{};
+    // Needed when the sums are complete: rows of d_weight come from memory meanwhile.
+    __builtin_prefetch(c + i * ldc, 1);
+    __builtin_prefetch(c + i * ldc + lanes, 1);
+  }
   const A* panel = reinterpret_cast<const A*>(b);  // a group of B entries has the size of an A
   for (int64_t k = 0; k < groups; ++k) {
     const Vec<A> b0 = load(panel + 2 * k * lanes);
