@@ -26,8 +26,8 @@ def iw_sft_loss(
 
     ``level="sequence"``: one weight for each trajectory, clip(exp(temp * mean_t(logp_t -
     ref_logp_t))), the mean over its supervised tokens. ``level="token"``: clip(exp(temp * (logp_t -
-    ref_logp_t))). With
-    the reference equal to the policy it is :func:`sft_loss`, bit for bit. w carries no gradient.
+    ref_logp_t))). With the reference equal to the policy it is :func:`sft_loss`, bit for bit. w
+    carries no gradient.
 
     Args:
         nll: [B, T], [T], or packed [N] or [1, N] with ``cu_seqlens``: -logp of the policy, nats.

@@ -109,20 +109,18 @@ def linear_nll(
 
     Args:
         hidden: [..., H], float32, float64, bfloat16 or float16; the dtype of the products.
-        Accumulation is
-            float32 (float64 for float64).
+            Accumulation is float32 (float64 for float64).
         weight: [V, H], the dtype of ``hidden``. Under autocast both are cast as for a linear layer.
         target: [...] int64 in [0, V) or ``ignore_index``. With ``shift=1`` the labels of a language
-        model:
-            ``nll[..., t]`` is the loss of label t, predicted from ``hidden[..., t - 1]``; position
-            0 gives 0. In a packed batch the first label of each further segment must be
+            model: ``nll[..., t]`` is the loss of label t, predicted from ``hidden[..., t - 1]``;
+            position 0 gives 0. In a packed batch the first label of each further segment must be
             ``ignore_index``.
         bias: [V] or None.
         softcap: Bound of the logits (Gemma 2), or None.
         scale: Factor on the logits, before the soft cap.
         backend: "auto", or one of :func:`vcore_kernels.backends`.
         debug: Wait for an accelerator's check that targets lie in the vocabulary (a CPU always
-        checks).
+            checks).
 
     Returns:
         nll, shaped like ``target``; float32, or float64 for float64 input. 0 where ignored. On a
@@ -130,7 +128,7 @@ def linear_nll(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the
-        vocabulary.
+            vocabulary.
         BackendError: a named backend that cannot serve the call.
 
     Source: docs/design.md; the online log-sum-exp is Milakov and Gimelshein (arXiv 1805.02867).

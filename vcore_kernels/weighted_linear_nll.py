@@ -123,8 +123,7 @@ def weighted_linear_nll(
 
     Args:
         token_weight: shaped like ``target`` (with ``shift=1``: the weight of label t stands at t);
-        any sign,
-            finite; put alpha * q * n / num_items here.
+            any sign, finite; put alpha * q * n / num_items here.
         Everything else as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
@@ -135,7 +134,7 @@ def weighted_linear_nll(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the
-        vocabulary.
+            vocabulary.
         BackendError: a named backend that cannot serve the call.
     """
     op = "weighted_linear_nll"

@@ -54,12 +54,12 @@ class VcoreTrainer(Trainer):
 
     The loss of a micro-batch is ``sum w_t * l_t / num_items``, with num_items the supervised tokens
     of the whole optimizer step, over all its micro-batches and processes. With ``method="vcore"``
-    the first micro-batch of a
-    step starts a probe over all of them: the descent direction g (anew every ``every`` steps), each
-    token's utility <g, grad l_t>, Gibbs weights, and one scale alpha for the step. So gradient
-    accumulation changes nothing but memory: 1 x 8 and 4 x 2 examples give the same update. Dropout
-    is off in the probe and on in the training pass. A step with NaN or infinity in g or in the
-    utilities is trained with uniform weights and counted (``fallback_steps``).
+    the first micro-batch of a step starts a probe over all of them: the descent direction g (anew
+    every ``every`` steps), each token's utility <g, grad l_t>, Gibbs weights, and one scale alpha
+    for the step. So gradient accumulation changes nothing but memory: 1 x 8 and 4 x 2 examples give
+    the same update. Dropout is off in the probe and on in the training pass. A step with NaN or
+    infinity in g or in the utilities is trained with uniform weights and counted
+    (``fallback_steps``).
 
     Datasets hold tokenised rows: ``input_ids`` and ``labels`` (-100 for the prompt), optionally
     ``attention_mask`` and ``answer_mask`` (tokens that ``method="random"`` always keeps). Rows are
