@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
@@ -148,7 +149,7 @@ def run_demo(
     console.print()
     console.print(results_table(outcomes))
     for line in reading(outcomes, scale):
-        console.print(f"  {line}")
+        console.print(Padding(line, (0, 0, 0, 2)))
     console.print(
         f"\nPlots, metrics.jsonl, weights.html and the models: [bold]{out}[/]", soft_wrap=True
     )
@@ -334,12 +335,14 @@ def reading(outcomes: Sequence[Outcome], scale: Scale) -> list[str]:
             f"loss {loss.value:+.4f} \u00b1 {loss.error:.4f} "
             f"({_verdict(loss, higher_is_better=False)})."
         )
-    ratio = by_name["vcore"].step_seconds / sft.step_seconds
+    vcore, ratio = by_name["vcore"], by_name["vcore"].step_seconds / sft.step_seconds
+    gain = accuracy_difference(vcore, sft)
     lines += [
-        f"A VCORE step took {ratio:.1f} times as long as an SFT step: at equal time SFT would take "
-        f"{ratio:.1f} times as many steps.",
+        f"So VCORE {'beat' if gain.clear and gain.value > 0 else 'did not beat'} SFT here at equal "
+        f"steps, and one of its steps took {ratio:.1f} times as long: at equal time SFT would take "
+        f"{ratio:.1f} times as many.",
         f"One seed, {len(sft.correct)} problems, a {scale.size.layers}-layer model: this shows "
-        "that the methods run, not which is best. \u00b1 is the standard error over problems;",
+        "that the methods run, not which is best. \u00b1 is the standard error over problems; "
         "another seed moves the figures by more. Held-out loss is what SFT minimises; DFT and "
         "iw-SFT minimise something else.",
     ]

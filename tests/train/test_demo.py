@@ -76,7 +76,11 @@ def test_reading_says_worse_where_it_is_worse():
     assert "(better)" in lines[0]
     assert lines[1].count("no clear difference") == 2
     assert lines[2].count("(worse)") == 2
+    assert "VCORE did not beat SFT" in lines[3]
     assert "3.0 times" in lines[3]
+    named = (("sft", worse), ("vcore", better), ("dft", same), ("iw_sft", same))
+    won = reading([replace(found, method=method) for method, found in named], QUICK)
+    assert "VCORE beat SFT" in won[3]
 
 
 @pytest.fixture(scope="module")
