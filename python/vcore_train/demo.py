@@ -52,7 +52,8 @@ class Scale:
     operations: int = 3
     start_lr: float = 3e-3
     lr: float = 1.5e-3
-    kl_budget: float = 0.1
+    kl_budget: float = 0.02
+    direction: str = "ema"
     probe_rows: int = 64
     timed_rounds: int = 7
 
@@ -118,6 +119,7 @@ def run_demo(
     console.print(
         f"{scale.start_steps} steps of SFT give the start, then each method continues from it for "
         f"{scale.steps} steps on the same batches.\n"
+        f"VCORE: KL budget {scale.kl_budget} nats, direction {scale.direction!r}.\n"
     )
     _train(start, "sft", data.start_rows, scale, seed, out, console, metrics, start=True)
     outcomes = [_judge("start", start, data)]
@@ -205,6 +207,7 @@ def _train(
         output_dir=str(out / "models" / name),
         method=method,
         kl_budget=scale.kl_budget,
+        direction=scale.direction,
         max_steps=steps,
         per_device_train_batch_size=scale.batch,
         learning_rate=scale.start_lr if start else scale.lr,

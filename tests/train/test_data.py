@@ -118,16 +118,19 @@ def test_not_text_and_not_there(tmp_path):
         read_examples(tmp_path / "none.jsonl")
 
 
-def test_tables_and_saved_datasets(tmp_path):
+def test_tables_and_saved_datasets(tmp_path, monkeypatch):
     import datasets
 
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
     table = datasets.Dataset.from_list(rows)
     table.to_csv(tmp_path / "x.csv")
     table.to_parquet(tmp_path / "x.parquet")
     table.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "splits")
-    for name in ("x.csv", "x.parquet", "saved", "splits"):
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "train.jsonl", *rows)
+    for name in ("x.csv", "x.parquet", "saved", "splits", "folder"):
         examples, _ = read_examples(tmp_path / name)
         assert [example.response for example in examples] == ["a0", "a1", "a2"]
         assert examples[1].where.endswith(f"{name}, row 2")
