@@ -32,6 +32,7 @@ class StopAtInterrupt(TrainerCallback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            self.console.print("Stopped at once; checkpoints saved before are whole.")
             raise KeyboardInterrupt
         self.requested = True
         self.console.print("Stopping after this step; press Ctrl-C again to stop at once.")
