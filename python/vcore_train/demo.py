@@ -58,7 +58,7 @@ class Scale:
     timed_rounds: int = 7
 
 
-FULL = Scale(Size(layers=3, hidden=128, heads=4, window=256), start_steps=240, steps=250)
+FULL = Scale(Size(layers=3, hidden=128, heads=4, window=256), start_steps=300, steps=250)
 QUICK = Scale(
     Size(layers=1, hidden=32, heads=2, window=256),
     start_steps=3,

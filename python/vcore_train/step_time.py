@@ -35,3 +35,4 @@ def _step(trainer: VcoreTrainer, batches) -> None:
     assert trainer.optimizer is not None
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+    trainer.state.global_step += 1  # a direction is kept for so many of these

@@ -1,3 +1,4 @@
+import copy
 import io
 import json
 import math
@@ -6,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from vcore_train import direction_schedule
+from vcore_train.config import VcoreConfig
 from vcore_train.demo import (
     METHODS,
     QUICK,
@@ -19,7 +22,9 @@ from vcore_train.demo import (
 from vcore_train.evaluation import RowLosses, greedy_responses, row_losses
 from vcore_train.models import Size, new_model
 from vcore_train.run_log import read_metrics
+from vcore_train.step_time import interleaved_step_seconds
 from vcore_train.tokenizer import train_tokenizer
+from vcore_train.trainer import VcoreTrainer
 
 
 def test_demo_compares_the_methods_and_writes_everything(tmp_path):
@@ -113,3 +118,34 @@ def test_row_losses_are_in_order_and_right(small):
         assert float(nll) == pytest.approx(float(expected), rel=1e-4)
         assert count == len(row["input_ids"]) - 1
     assert found.mean == pytest.approx(float(found.nll.sum() / found.tokens.sum()))
+
+
+def test_timed_steps_take_a_fresh_direction_each(small, tmp_path, monkeypatch):
+    model, tokenizer = small
+    ids = tokenizer("12 + 3 = 15")["input_ids"]
+    rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]}] * 12
+    trainer = VcoreTrainer(
+        model=copy.deepcopy(model),
+        args=VcoreConfig(
+            output_dir=str(tmp_path),
+            direction="ema",
+            max_steps=1,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+    )
+    trainer.train()
+    taken = []
+    original = direction_schedule.descent_direction
+    monkeypatch.setattr(
+        direction_schedule,
+        "descent_direction",
+        lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs),
+    )
+    seconds = interleaved_step_seconds({"vcore": trainer}, rounds=2)
+    assert len(taken) == 3
+    assert seconds["vcore"] > 0
