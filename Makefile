@@ -50,8 +50,9 @@ $(VENV)/kernels.stamp: $(VENV)/packages.stamp $(NATIVE)
 
 setup: $(VENV)/kernels.stamp
 
+# One thread: the tensors are tiny, and threads that wait for each other cost more than they save.
 test: setup
-	$(BIN)/python -m pytest -q -m "$(CORE)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(CORE)" $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/vcore demo
