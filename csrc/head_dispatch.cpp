@@ -72,6 +72,7 @@ const HeadKernels<bf16>* choose_bf16(const std::string& engine) {
   if (isa() != Isa::avx512bf16) return nullptr;
   if (engine == "brgemm") return brgemm_kernels();
   if (engine == "microkernel") return &avx512bf16::head_kernels_bf16;
+  if (engine != "auto") return nullptr;
   // The microkernel beats brgemm by 3% where both use the AVX-512 dot product (Zen 4); AMX tiles
   // are several times faster than that, and only brgemm speaks to them.
   const auto* amx = has_amx_bf16() ? brgemm_kernels() : nullptr;

@@ -181,7 +181,7 @@ class Head {
     int64_t rows = kMaxChunkRows;
     if (keeps) rows = std::min<int64_t>(rows, kChunkBytes / (vocabulary_ * int64_t(sizeof(T))));
     if (grad_hidden) {
-      rows = std::min<int64_t>(rows, kChunkBytes / (threads_ * width_ * int64_t(sizeof(A))));
+      rows = std::min<int64_t>(rows, kChunkBytes / (threads_ * (width_ + 1) * int64_t(sizeof(A))));
     }
     return std::max(panel_, rows / panel_ * panel_);
   }
@@ -450,8 +450,8 @@ class Head {
 
   // What a recomputing backward needs of the forward pass.
   void restore(const Tensor& nll, const Tensor& lse) {
-    nll_ = nll;
-    lse_ = lse.to(at::kDouble);
+    nll_ = nll.to(accumulator_type()).contiguous();
+    lse_ = lse.to(at::kDouble).contiguous();
   }
 
   void pack_extra(Chunk& c, const Tensor& x) const {
@@ -525,6 +525,20 @@ void check(const Tensor& hidden, const Tensor& weight, const Tensor& target,
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "linear_nll: target must be int64");
 }
 
+void check_beside(const char* name, const OptionalTensor& t, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(!t || t->sizes() == sizes, "linear_nll: ", name, " is ",
+                    t ? t->sizes() : at::IntArrayRef{}, ", expected ", sizes);
+}
+
+void check_second(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
+                  const Tensor& second_hidden, const OptionalTensor& second_weight,
+                  const OptionalTensor& second_bias) {
+  check_beside("the second hidden", second_hidden, hidden.sizes());
+  check_beside("the second weight", second_weight, weight.sizes());
+  TORCH_CHECK_VALUE(bias || !second_bias, "linear_nll: a second bias without a first");
+  if (bias) check_beside("the second bias", second_bias, bias->sizes());
+}
+
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 
 // d_hidden rows come in the dtype of hidden, except that float16 keeps float32: unweighted rows may
@@ -566,6 +580,9 @@ Triple linear_nll_backward(const Tensor& grad_nll, const Tensor& hidden, const T
                            const Tensor& lse, double softcap, double scale, int64_t ignore_index,
                            bool need_hidden, bool need_weight, bool need_bias) {
   check(hidden, weight, target, bias);
+  check_beside("grad_nll", grad_nll, target.sizes());
+  check_beside("nll", nll, target.sizes());
+  check_beside("lse", lse, {2, target.numel()});
   return with_product_type(hidden, [&](auto tag) -> Triple {
     using T = decltype(tag);
     const Tensor factor = grad_nll.to(at::kDouble).contiguous();
@@ -589,17 +606,20 @@ Triple linear_nll_backward(const Tensor& grad_nll, const Tensor& hidden, const T
   });
 }
 
-// d_hidden in the dtype of hidden, d_weight and d_bias in the accumulator's: scale_cast rounds them
-// once, with the upstream gradient.
+// d_hidden in the dtype of hidden (float32 for float16, where token weights could underflow before
+// a loss scale arrives), d_weight and d_bias in the accumulator's: scale_cast rounds them once,
+// with the upstream gradient.
 std::tuple<Tensor, Tensor, Tensor, Tensor> weighted_linear_nll_forward(
     const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& token_weight,
     const OptionalTensor& bias, double softcap, double scale, int64_t ignore_index,
     bool need_hidden, bool need_weight, bool need_bias) {
   check(hidden, weight, target, bias);
+  check_beside("token_weight", token_weight, target.sizes());
   using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
   return with_product_type(hidden, [&](auto tag) -> Result {
     using T = decltype(tag);
-    Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
+    const Tensor input = hidden.scalar_type() == at::kHalf ? hidden.to(at::kFloat) : hidden;
+    Head<T> head(input, weight, target, bias, {scale, softcap, ignore_index});
     auto g = head.new_gradients(need_hidden, need_weight, need_bias && bias);
     const bool any = need_hidden || need_weight || need_bias;
     const Tensor factor = token_weight.to(at::kDouble).contiguous();
@@ -612,7 +632,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weighted_linear_nll_forward(
       head.template combine<Second::none>(chunk, {});
       if (keep) head.sweep_gradients(chunk, weights, g, started);
     }
-    finish(g, hidden, head.accumulator_type(), started);
+    finish(g, input, head.accumulator_type(), started);
     return {head.nll(), g.hidden, g.weight, g.bias};
   });
 }
@@ -624,6 +644,7 @@ std::tuple<Tensor, Tensor> linear_nll_jvp(const Tensor& hidden, const Tensor& we
                                           const OptionalTensor& bias_tangent, double softcap,
                                           double scale, int64_t ignore_index) {
   check(hidden, weight, target, bias);
+  check_second(hidden, weight, bias, hidden_tangent, weight_tangent, bias_tangent);
   return with_product_type(hidden, [&](auto tag) -> std::tuple<Tensor, Tensor> {
     using T = decltype(tag);
     Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
@@ -641,13 +662,14 @@ std::tuple<Tensor, Tensor> linear_nll_jvp(const Tensor& hidden, const Tensor& we
   });
 }
 
-std::tuple<Tensor, Tensor> linear_nll_pair(const Tensor& hidden, const Tensor& hidden_perturbed,
-                                           const Tensor& weight, const Tensor& target,
+std::tuple<Tensor, Tensor> linear_nll_pair(const Tensor& hidden, const Tensor& weight,
+                                           const Tensor& target, const Tensor& hidden_perturbed,
                                            const OptionalTensor& weight_perturbed,
                                            const OptionalTensor& bias,
                                            const OptionalTensor& bias_perturbed, double softcap,
                                            double scale, int64_t ignore_index) {
   check(hidden, weight, target, bias);
+  check_second(hidden, weight, bias, hidden_perturbed, weight_perturbed, bias_perturbed);
   return with_product_type(hidden, [&](auto tag) -> std::tuple<Tensor, Tensor> {
     using T = decltype(tag);
     using A = Acc<T>;
@@ -659,7 +681,10 @@ std::tuple<Tensor, Tensor> linear_nll_pair(const Tensor& hidden, const Tensor& h
     TiledMatrix<T> d_weight;
     if (weight_perturbed) d_weight = TiledMatrix<T>(*weight_perturbed, weight);
     Tensor d_bias;
-    if (bias_perturbed) d_bias = wide(*bias_perturbed) - wide(*bias);
+    if (bias_perturbed) {  // -inf, a masked class, less itself is no change
+      const Tensor from = wide(*bias), to = wide(*bias_perturbed);
+      d_bias = at::where(to.eq(from), 0, to - from).to(scalar_type<A>());
+    }
     const Tensor difference = at::zeros_like(head.nll());
     for (auto& rows : head.chunks(kMaxChunkRows, {})) {
       auto chunk = head.begin_chunk(std::move(rows), d_hidden);
@@ -671,17 +696,31 @@ std::tuple<Tensor, Tensor> linear_nll_pair(const Tensor& hidden, const Tensor& h
   });
 }
 
-// x * factor as dtype, rounded once and without a temporary of x's size.
+// x * factor as dtype, rounded once and without a temporary of x's size. factor is 0-dim, or one
+// for each row of x [N, H]; then a row with factor 0 is 0, whatever it holds.
 Tensor scale_cast(const Tensor& x, const Tensor& factor, at::ScalarType dtype) {
+  const bool by_row = factor.dim() == 1;
+  if (by_row) check_beside("factor", factor, x.sizes().slice(0, 1));
+  TORCH_CHECK_VALUE(by_row ? x.dim() == 2 : factor.dim() == 0,
+                    "scale_cast: factor must be 0-dim or [N]");
   Tensor out = empty_huge(x.sizes(), x.options().dtype(dtype));
-  const Tensor from = x.detach().contiguous().view(-1), to = out.view(-1), by = factor.detach();
-  constexpr int64_t block = 1 << 14;
-  const int64_t blocks = (x.numel() + block - 1) / block;
-  at::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+  if (x.numel() == 0) return out;
+  const Tensor from = by_row ? x.detach() : x.detach().contiguous().view({-1, 1});
+  const Tensor to = out.view(from.sizes());
+  const Tensor by = by_row ? factor.detach().unsqueeze(1) : factor.detach();
+  const int64_t rows = from.size(0), block = std::max<int64_t>(1, (1 << 14) / from.size(1));
+  at::parallel_for(0, (rows + block - 1) / block, 8, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t size = std::min(block, x.numel() - i * block);
-      to.narrow(0, i * block, size).copy_(from.narrow(0, i * block, size) * by);
+    for (int64_t i = begin * block; i < std::min(rows, end * block); i += block) {
+      const int64_t size = std::min(block, rows - i);
+      const Tensor part = from.narrow(0, i, size);
+      if (by_row) {
+        const Tensor scale = by.narrow(0, i, size);
+        to.narrow(0, i, size)
+            .copy_(at::where(scale.ne(0), part * scale, at::zeros({}, part.options())));
+      } else {
+        to.narrow(0, i, size).copy_(part * by);
+      }
     }
   });
   return out;

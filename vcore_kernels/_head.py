@@ -18,9 +18,10 @@ class HeadOptions:
     ignore_index: int = -100
 
     def __post_init__(self):
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        # Comparisons rather than math.isfinite, which torch.compile does not trace.
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
-        if not math.isfinite(self.scale):
+        if not -math.inf < self.scale < math.inf:
             raise ValueError(f"scale must be finite, got {self.scale}")
 
     def raw(self) -> tuple[float, float, int]:
@@ -62,8 +63,8 @@ def head_rows(
     """Checks shapes and dtypes, flattens to rows, moves the targets of ``shift=1`` to theirs."""
     if hidden.dim() < 2 or weight.dim() != 2:
         raise ValueError(
-            f"{op}: expected hidden [..., H] and weight [V, H], got {list(hidden.shape)} and "
-            f"{list(weight.shape)}."
+            f"{op}: expected hidden [..., H] (2-D or more) and weight [V, H], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}."
         )
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -81,6 +82,8 @@ def head_rows(
         raise TypeError(f"{op}: target must be int64, got {target.dtype}.")
     if not hidden.is_floating_point() or not weight.is_floating_point():
         raise TypeError(f"{op}: expected floating point, got {hidden.dtype} and {weight.dtype}.")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"{op}: bias must be floating point, got {bias.dtype}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
             f"{op}: bias has shape {list(bias.shape)}, expected [{weight.shape[0]}], one entry a "
@@ -101,9 +104,8 @@ def head_rows(
             f"{op}: hidden is {hidden.dtype}, weight is {weight.dtype}. Cast one of them, or run "
             "under torch.autocast."
         )
-    if shift:
-        target = F.pad(target[..., 1:], (0, 1), value=options.ignore_index)
-    return HeadRows(hidden.flatten(0, -2), weight, target.flatten(), bias)
+    target = to_rows(target, shift, fill=options.ignore_index)
+    return HeadRows(hidden.flatten(0, -2), weight, target, bias)
 
 
 def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, debug: bool) -> None:
@@ -126,37 +128,55 @@ def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, d
         )
 
 
-def rows_like(op: str, name: str, value: Tensor, like: Tensor) -> Tensor:
-    """``value``, a tangent or perturbed copy of an input, in the layout and dtype of ``like``."""
-    if value.numel() != like.numel() or value.shape[-1:] != like.shape[-1:]:
-        raise ValueError(
-            f"{op}: {name} has shape {list(value.shape)}, which does not match {list(like.shape)}."
-        )
-    if not value.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}.")
-    return value.reshape(like.shape).to(like.dtype)
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on a gradient or tangent, whose own derivative raises.
 
-
-def refuse_second_derivatives(op: str) -> None:
-    """For the backward of a function whose gradients carry no graph: raises under
-    create_graph=True.
-
-    PyTorch would drop the missing part without a word where other paths reach the same input.
-    torch.func.grad always asks for a graph, so there nothing can be told apart.
+    The raw operators record no graph, so without this a second derivative would miss their part
+    without a word. ``inputs`` are what the gradient depends on.
     """
-    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"{op}: second derivatives (create_graph=True) are not implemented by this backend. "
-            "Pass backend='reference'."
-        )
+
+    @staticmethod
+    def forward(gradient, op, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise second_derivative_error(ctx.op)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise second_derivative_error(ctx.op)
+
+
+def second_derivative_error(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: second derivatives are not implemented by this backend. Pass backend='reference'."
+    )
+
+
+def without_second_derivative(op: str, gradient: Tensor | None, *inputs: Tensor | None):
+    """``gradient`` as it is, but raising where someone differentiates it again."""
+    if gradient is None or not torch.is_grad_enabled():
+        return gradient
+    return _NoSecondDerivative.apply(gradient, op, *inputs)
+
+
+def vmap_error(op: str) -> RuntimeError:
+    return RuntimeError(f"{op}: no vmap rule in this backend. Pass backend='reference'.")
 
 
 def to_labels(rows: Tensor, shape: torch.Size, shift: int) -> Tensor:
     """Per-row results [N] in the layout of the labels: moved one place right for ``shift=1``."""
     rows = rows.reshape(shape)
-    return F.pad(rows[..., :-1], (1, 0)) if shift else rows
+    return F.pad(rows[..., :-1], (1, 0)) if shift and shape[-1] else rows
 
 
-def to_rows(values: Tensor, shift: int) -> Tensor:
+def to_rows(values: Tensor, shift: int, fill: float = 0) -> Tensor:
     """Per-label values in row order [N]; the inverse of :func:`to_labels`."""
-    return (F.pad(values[..., 1:], (0, 1)) if shift else values).flatten()
+    if shift and values.shape[-1]:
+        values = F.pad(values[..., 1:], (0, 1), value=fill)
+    return values.flatten()

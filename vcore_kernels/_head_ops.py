@@ -68,9 +68,10 @@ def fake_weighted(
     need_bias,
 ):
     statistics = _statistics(hidden)
+    wide = hidden.float() if hidden.dtype == torch.float16 else hidden
     return (
         statistics,
-        _wanted(hidden, need_hidden),
+        _wanted(wide, need_hidden),
         _wanted(weight, need_weight).to(statistics.dtype),
         _wanted(weight[:, 0], need_bias).to(statistics.dtype),
     )
@@ -105,9 +106,8 @@ define(
     _fake_two_losses,
 )
 define(
-    "linear_nll_pair(Tensor hidden, Tensor hidden_perturbed, Tensor weight, Tensor target,"
-    " Tensor? weight_perturbed, Tensor? bias, Tensor? bias_perturbed,"
-    f" {_OPTIONS}) -> (Tensor nll, Tensor difference)",
+    f"linear_nll_pair({_HEAD}, Tensor hidden_perturbed, Tensor? weight_perturbed, Tensor? bias,"
+    f" Tensor? bias_perturbed, {_OPTIONS}) -> (Tensor nll, Tensor difference)",
     _fake_two_losses,
 )
 define(

@@ -46,8 +46,8 @@ def no_derivative(name: str) -> None:
                 if tangent is not None:
                     raise RuntimeError(
                         f"{NAMESPACE}::{name} has no forward derivative and would lose the "
-                        f"tangent. Call {NAMESPACE}.{name.removesuffix('_forward')} "
-                        "instead of the raw operator."
+                        "tangent. Call the public functions of vcore_kernels instead of the raw "
+                        "operator."
                     )
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)

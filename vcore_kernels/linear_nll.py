@@ -1,14 +1,25 @@
 """Per-token negative log-likelihood of a linear head, without the N x V logits."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from vcore_kernels import _head_ops
-from vcore_kernels._head import HeadOptions, head_rows, refuse_second_derivatives, to_labels
+from vcore_kernels._head import (
+    HeadOptions,
+    head_rows,
+    to_labels,
+    vmap_error,
+    without_second_derivative,
+)
 from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
 
 _ops = torch.ops.vcore_kernels
+
+
+_guard = partial(without_second_derivative, "linear_nll")
 
 
 class _LinearNll(torch.autograd.Function):
@@ -28,7 +39,6 @@ class _LinearNll(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         hidden, weight, target, bias, *ctx.options, ctx.keep_rows = inputs
         nll, lse, rows = output
-        ctx.hidden_dtype = hidden.dtype
         ctx.mark_non_differentiable(lse, rows)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, target, bias, nll, lse, rows)
@@ -36,12 +46,12 @@ class _LinearNll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_nll, *_):
-        refuse_second_derivatives("linear_nll")
         if grad_nll is None:
             return (None,) * 8
         hidden, weight, target, bias, nll, lse, rows = ctx.saved_tensors
         if ctx.keep_rows:
-            return (grad_nll.unsqueeze(-1) * rows).to(ctx.hidden_dtype), *(None,) * 7
+            d_hidden = _ops.scale_cast(rows, grad_nll, hidden.dtype)
+            return _guard(d_hidden, hidden, weight, bias, grad_nll), *(None,) * 7
         need_hidden, need_weight, _, need_bias = ctx.needs_input_grad[:4]
         grads = _ops.linear_nll_backward(
             grad_nll,
@@ -57,7 +67,7 @@ class _LinearNll(torch.autograd.Function):
             need_bias,
         )
         d_hidden, d_weight, d_bias = (
-            grad if need else None
+            _guard(grad, hidden, weight, bias, grad_nll) if need else None
             for grad, need in zip(grads, (need_hidden, need_weight, need_bias), strict=True)
         )
         return d_hidden, d_weight, None, d_bias, None, None, None, None
@@ -69,7 +79,11 @@ class _LinearNll(torch.autograd.Function):
         _, tangent = _ops.linear_nll_jvp(
             hidden, weight, target, d_hidden, d_weight, bias, d_bias, *ctx.options
         )
-        return tangent, None, None
+        return _guard(tangent, hidden, weight, bias), None, None
+
+    @staticmethod
+    def vmap(*_):
+        raise vmap_error("linear_nll")
 
 
 define(

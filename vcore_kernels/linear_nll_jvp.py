@@ -1,11 +1,9 @@
 """Forward-mode derivative of the per-token loss of a linear head."""
 
-import torch
 from torch import Tensor
 
-from vcore_kernels import _head_ops  # noqa: F401  (declares the operators)
-from vcore_kernels._head import HeadOptions, head_rows, rows_like, to_labels
-from vcore_kernels.backends import reference, resolve
+from vcore_kernels._head import HeadOptions
+from vcore_kernels._two_points import Second, two_points
 
 
 def linear_nll_jvp(
@@ -46,29 +44,8 @@ def linear_nll_jvp(
 
     Source: the utility of VCORE (arXiv 2510.27462) as a forward-mode derivative, docs/design.md.
     """
-    op = "linear_nll_jvp"
+    second = Second("tangent", hidden_tangent, weight_tangent, bias_tangent)
     options = HeadOptions(softcap, scale, ignore_index)
-    rows = head_rows(op, hidden, weight, target, bias, options, shift, debug)
-    hidden_tangent = rows_like(op, "hidden_tangent", hidden_tangent, rows.hidden)
-    if weight_tangent is not None:
-        weight_tangent = rows_like(op, "weight_tangent", weight_tangent, rows.weight)
-    if bias_tangent is not None:
-        if rows.bias is None:
-            raise ValueError(f"{op}: bias_tangent was given without bias. Pass bias as well.")
-        bias_tangent = rows_like(op, "bias_tangent", bias_tangent, rows.bias)
-    if resolve(op, backend, *rows.tensors(), hidden_tangent) == "reference":
-        call, raw = reference.linear_nll_jvp, (softcap, scale, ignore_index)
-    else:
-        call, raw = torch.ops.vcore_kernels.linear_nll_jvp, options.raw()
-    with torch.no_grad():
-        nll, tangent = call(
-            rows.hidden,
-            rows.weight,
-            rows.target,
-            hidden_tangent,
-            weight_tangent,
-            rows.bias,
-            bias_tangent,
-            *raw,
-        )
-    return to_labels(nll, target.shape, shift), to_labels(tangent, target.shape, shift)
+    return two_points(
+        "linear_nll_jvp", hidden, weight, target, bias, second, options, shift, backend, debug
+    )

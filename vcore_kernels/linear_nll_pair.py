@@ -1,11 +1,9 @@
 """Per-token loss at two parameter points and their difference, from one sweep over the weight."""
 
-import torch
 from torch import Tensor
 
-from vcore_kernels import _head_ops  # noqa: F401  (declares the operators)
-from vcore_kernels._head import HeadOptions, head_rows, rows_like, to_labels
-from vcore_kernels.backends import reference, resolve
+from vcore_kernels._head import HeadOptions
+from vcore_kernels._two_points import Second, two_points
 
 
 def linear_nll_pair(
@@ -49,29 +47,8 @@ def linear_nll_pair(
     Source: the finite-difference utility of VCORE (arXiv 2510.27462), before its division by
     epsilon.
     """
-    op = "linear_nll_pair"
+    second = Second("perturbed", hidden_perturbed, weight_perturbed, bias_perturbed)
     options = HeadOptions(softcap, scale, ignore_index)
-    rows = head_rows(op, hidden, weight, target, bias, options, shift, debug)
-    hidden_perturbed = rows_like(op, "hidden_perturbed", hidden_perturbed, rows.hidden)
-    if weight_perturbed is not None:
-        weight_perturbed = rows_like(op, "weight_perturbed", weight_perturbed, rows.weight)
-    if bias_perturbed is not None:
-        if rows.bias is None:
-            raise ValueError(f"{op}: bias_perturbed was given without bias. Pass bias as well.")
-        bias_perturbed = rows_like(op, "bias_perturbed", bias_perturbed, rows.bias)
-    if resolve(op, backend, *rows.tensors(), hidden_perturbed) == "reference":
-        call, raw = reference.linear_nll_pair, (softcap, scale, ignore_index)
-    else:
-        call, raw = torch.ops.vcore_kernels.linear_nll_pair, options.raw()
-    with torch.no_grad():
-        nll, difference = call(
-            rows.hidden,
-            hidden_perturbed,
-            rows.weight,
-            rows.target,
-            weight_perturbed,
-            rows.bias,
-            bias_perturbed,
-            *raw,
-        )
-    return to_labels(nll, target.shape, shift), to_labels(difference, target.shape, shift)
+    return two_points(
+        "linear_nll_pair", hidden, weight, target, bias, second, options, shift, backend, debug
+    )

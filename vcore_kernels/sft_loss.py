@@ -16,8 +16,8 @@ def sft_loss(
         mask: shaped like ``nll``, bool or integer: the supervised tokens. None: all of them.
         num_items: what the sum is divided by, a number or a 0-dim tensor; None for the number of
             supervised tokens. Under gradient accumulation pass the count of the whole optimizer
-            step. 0 counts as 1: a batch without supervised tokens has loss 0, still connected to
-            ``nll``.
+            step. Less than 1 counts as 1: a batch without supervised tokens has loss 0, still
+            connected to ``nll``.
 
     Returns:
         0-dim loss, float32 (float64 for float64), differentiable in ``nll``.
@@ -39,14 +39,15 @@ def weighted_sum(
 ) -> Tensor:
     """``sum_t weights_t * nll_t / num_items`` where the mask allows.
 
-    Weights of 1 leave every bit as without weights. Masked entries count for nothing, whatever they
-    hold, and get no gradient.
+    Weights of 1 leave every bit as without weights. Masked entries and those of weight 0 count for
+    nothing, whatever they hold, and get no gradient.
     """
     losses = nll.to(statistics_dtype(nll.dtype))
     if mask is not None:
         losses = losses.where(mask, 0)
     if weights is not None:
-        losses = losses * (weights if mask is None else weights.where(mask, 0))
+        weights = weights if mask is None else weights.where(mask, 0)
+        losses = losses.where(weights != 0, 0) * weights
     total = losses.sum()
     if num_items is None:
         items = total.new_full((), nll.numel()) if mask is None else mask.sum()

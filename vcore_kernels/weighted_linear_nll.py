@@ -1,5 +1,7 @@
 """Weighted sum of per-token losses whose weights are known before the pass."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -7,46 +9,24 @@ from vcore_kernels import _head_ops
 from vcore_kernels._head import (
     HeadOptions,
     head_rows,
-    refuse_second_derivatives,
     to_labels,
     to_rows,
+    vmap_error,
+    without_second_derivative,
 )
 from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
 
 _ops = torch.ops.vcore_kernels
+_guard = partial(without_second_derivative, "weighted_linear_nll")
 
 
 class _WeightedLinearNll(torch.autograd.Function):
     """(nll, loss, d_hidden, d_weight, d_bias): the gradients of the loss are formed in forward."""
 
     @staticmethod
-    def forward(
-        hidden,
-        weight,
-        target,
-        token_weight,
-        bias,
-        softcap,
-        scale,
-        ignore_index,
-        need_h,
-        need_w,
-        need_b,
-    ):
-        nll, *grads = _ops.weighted_linear_nll_forward(
-            hidden,
-            weight,
-            target,
-            token_weight,
-            bias,
-            softcap,
-            scale,
-            ignore_index,
-            need_h,
-            need_w,
-            need_b,
-        )
+    def forward(hidden, weight, target, token_weight, *rest):
+        nll, *grads = _ops.weighted_linear_nll_forward(hidden, weight, target, token_weight, *rest)
         return weighted_sum(token_weight, nll), nll, *grads
 
     @staticmethod
@@ -57,17 +37,18 @@ class _WeightedLinearNll(torch.autograd.Function):
         ctx.needed = (need_h, need_w, need_b)
         ctx.mark_non_differentiable(nll, *grads)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(hidden, weight, bias, *grads)
         ctx.save_for_forward(hidden, weight, target, token_weight, bias)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        refuse_second_derivatives("weighted_linear_nll")
         if grad_loss is None:
             return (None,) * 11
+        *inputs, d_hidden, d_weight, d_bias = ctx.saved_tensors
+        grads = zip((d_hidden, d_weight, d_bias), ctx.dtypes, ctx.needed, strict=True)
         d_hidden, d_weight, d_bias = (
-            _ops.scale_cast(grad, grad_loss, dtype) if need else None
-            for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True)
+            _guard(_ops.scale_cast(grad, grad_loss, dtype), *inputs, grad_loss) if need else None
+            for grad, dtype, need in grads
         )
         return d_hidden, d_weight, None, None, d_bias, *(None,) * 6
 
@@ -78,7 +59,12 @@ class _WeightedLinearNll(torch.autograd.Function):
         _, tangent = _ops.linear_nll_jvp(
             hidden, weight, target, d_hidden, d_weight, bias, d_bias, *ctx.options
         )
-        return weighted_sum(token_weight, tangent), None, None, None, None
+        tangent = _guard(weighted_sum(token_weight, tangent), hidden, weight, bias)
+        return tangent, None, None, None, None
+
+    @staticmethod
+    def vmap(*_):
+        raise vmap_error("weighted_linear_nll")
 
 
 def weighted_sum(token_weight: Tensor, nll: Tensor) -> Tensor:
@@ -140,6 +126,10 @@ def weighted_linear_nll(
     op = "weighted_linear_nll"
     options = HeadOptions(softcap, scale, ignore_index)
     rows = head_rows(op, hidden, weight, target, bias, options, shift, debug)
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(f"{op}: token_weight must be a tensor, got {type(token_weight).__name__}.")
+    if token_weight.device != target.device:
+        raise ValueError(f"{op}: token_weight is on {token_weight.device}, not {target.device}.")
     if token_weight.shape != target.shape:
         raise ValueError(
             f"{op}: token_weight has shape {list(token_weight.shape)}, target "

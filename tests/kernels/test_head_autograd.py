@@ -74,8 +74,9 @@ def test_second_derivatives_are_refused_rather_than_wrong():
         linear_nll(hidden, weight.detach(), target).sum(),
         weighted_linear_nll(hidden, weight, target, torch.ones(12))[0],
     ):
+        grad = torch.autograd.grad(loss + (hidden**2).sum(), hidden, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="second derivatives"):
-            torch.autograd.grad(loss, hidden, create_graph=True)
+            torch.autograd.grad(grad.sum(), hidden)
 
 
 def test_only_wanted_gradients(backend):
@@ -92,7 +93,7 @@ def test_only_wanted_gradients(backend):
         assert not linear_nll(hidden, weight, target, backend=backend).requires_grad
 
 
-# ------------------------------------------------------------------------------------- forward mode
+# ---- forward mode ----
 
 
 def exact_tangent(hidden, weight, target, d_hidden, d_weight):
@@ -139,7 +140,7 @@ def test_raw_operators_refuse_dual_tensors():
             h, weight, target, hidden, None, None, None, 0.0, 1.0, -100
         ),
         "linear_nll_pair": lambda h: ops.linear_nll_pair(
-            h, hidden, weight, target, None, None, None, 0.0, 1.0, -100
+            h, weight, target, hidden, None, None, None, 0.0, 1.0, -100
         ),
     }
     for name, call in calls.items():
@@ -187,8 +188,22 @@ def test_func_grad(backend):
     torch.testing.assert_close(torch.func.grad(loss)(hidden), torch.func.grad(exact)(hidden))
 
 
-# ------------------------------------------------------------------------------- compile and
-# opcheck
+# ---- compile and opcheck ----
+
+
+def test_compiles_with_dynamic_shapes_and_options(backend):
+    hidden, weight, target, token_weight = inputs(grad=False)
+
+    def everything(h, y, w, scale):
+        options = {"scale": scale, "softcap": 3.0 * scale, "backend": backend}
+        loss, nll = weighted_linear_nll(h, weight, y, w, **options)
+        return loss + linear_nll(h, weight, y, **options).sum(), nll
+
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, scale in ((12, 1.0), (7, 0.5), (3, 2.0)):
+        args = (hidden[:n], target[:n], token_weight[:n], scale)
+        for a, b in zip(compiled(*args), everything(*args), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -251,8 +266,8 @@ def test_opcheck(dtype):
             *(*options, True, True, True),
         ),
         ops.linear_nll_jvp: (*fixed, target, fixed[0], fixed[1], bias, bias, *options),
-        ops.linear_nll_pair: (fixed[0], fixed[0], fixed[1], target, fixed[1], bias, bias, *options),
-        ops.scale_cast: (nll, torch.tensor(2.0), torch.bfloat16),
+        ops.linear_nll_pair: (*fixed, target, fixed[0], fixed[1], bias, bias, *options),
+        ops.scale_cast: (fixed[0], nll, torch.bfloat16),
         ops.linear_nll: (hidden, weight, target, bias, *options, False),
         ops.weighted_linear_nll: (
             *(hidden, weight, target, token_weight, bias),
@@ -263,8 +278,7 @@ def test_opcheck(dtype):
         torch.library.opcheck(op.default, args)
 
 
-# ---------------------------------------------------------------------------------- layout and
-# dtypes
+# ---- layout and dtypes ----
 
 
 def test_shift_is_the_labels_of_a_language_model(backend):
@@ -403,8 +417,7 @@ def test_masked_vocabulary(backend):
     torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- dispatch and
-# mistakes
+# ---- dispatch and mistakes ----
 
 
 def test_which_backend_ran():
@@ -468,6 +481,12 @@ def test_mistakes_of_single_functions():
         weighted_linear_nll(hidden, weight, target, torch.ones(3))
     with pytest.raises(ValueError, match="hidden_tangent has shape"):
         linear_nll_jvp(hidden, weight, target, torch.ones(3, 16))
+    with pytest.raises(ValueError, match="hidden_tangent has shape"):  # batch and time swapped
+        linear_nll_jvp(hidden.view(3, 4, 16), weight, target.view(3, 4), torch.ones(4, 3, 16))
+    with pytest.raises(TypeError, match="token_weight must be a tensor"):
+        weighted_linear_nll(hidden, weight, target, [1.0] * 12)
+    with pytest.raises(TypeError, match="bias must be floating point"):
+        linear_nll(hidden, weight, target, bias=torch.zeros(40, dtype=torch.int64))
     with pytest.raises(ValueError, match="bias_tangent was given without bias"):
         linear_nll_jvp(hidden, weight, target, hidden, bias_tangent=torch.ones(40))
     with pytest.raises(ValueError, match="weight_perturbed has shape"):

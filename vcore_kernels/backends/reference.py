@@ -95,9 +95,9 @@ def linear_nll_jvp(
 
 def linear_nll_pair(
     hidden,
-    hidden_perturbed,
     weight,
     target,
+    hidden_perturbed,
     weight_perturbed,
     bias,
     bias_perturbed,
