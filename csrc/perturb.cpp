@@ -116,14 +116,17 @@ void check_saved(TensorList params, TensorList saved) {
   }
 }
 
-// Returns int64 [tensors, 3]: nonzero entries of the direction, entries moved, whether the
-// direction is not finite.
-Tensor perturb(TensorList params, TensorList direction, TensorList saved, double epsilon,
-               std::optional<int64_t> seed) {
+// counts int64 [tensors, 3]: nonzero entries of the direction, entries moved, whether the direction
+// is not finite. Written if and only if everything has moved.
+void perturb(TensorList params, TensorList direction, TensorList saved, double epsilon,
+             std::optional<int64_t> seed, const Tensor& result) {
   check_saved(params, saved);
   check_dense(direction, "direction");
   TORCH_CHECK_VALUE(params.size() == direction.size(), "perturb_: ", params.size(), " params, ",
                     direction.size(), " directions");
+  TORCH_CHECK_VALUE(result.numel() == 3 * static_cast<int64_t>(params.size()) &&
+                        result.scalar_type() == at::kLong && result.is_contiguous(),
+                    "perturb_: counts must be int64 [tensors, 3]");
   std::vector<PerturbRun> whole;
   for (size_t t = 0; t < params.size(); ++t) {
     TORCH_CHECK_VALUE(
@@ -152,18 +155,16 @@ Tensor perturb(TensorList params, TensorList direction, TensorList saved, double
     counts[3 * t + 1] += add.moved;
     counts[3 * t + 2] |= add.nonfinite;
   });
-  Tensor result = at::empty({static_cast<int64_t>(params.size()), 3}, at::kLong);
   std::copy(counts.begin(), counts.end(), result.data_ptr<int64_t>());
-  return result;
 }
 
-Tensor perturb_swap(TensorList params, TensorList direction, double epsilon,
-                    std::optional<int64_t> seed) {
+void perturb_swap(TensorList params, TensorList direction, double epsilon,
+                  std::optional<int64_t> seed, const Tensor& counts) {
   for (size_t t = 0; t < params.size(); ++t) {
     TORCH_CHECK_TYPE(t >= direction.size() || params[t].dtype() == direction[t].dtype(),
                      "perturb_swap_: direction[", t, "] must have the dtype of params[", t, "]");
   }
-  return perturb(params, direction, direction, epsilon, seed);
+  perturb(params, direction, direction, epsilon, seed, counts);
 }
 
 void restore(TensorList params, TensorList saved) {

@@ -16,9 +16,7 @@ class GibbsWeights(NamedTuple):
     kl: Tensor  # [S] KL(q || uniform), nats
     ess: Tensor  # [S] effective sample size 1 / (n * sum q^2), in (0, 1]; 1 for an empty trajectory
     saturated: Tensor  # bool [S] kl_budget is more than these utilities can spend at any tau
-    constant: (
-        Tensor  # bool [S] utilities equal, or as good as equal (noise floor); single tokens too
-    )
+    constant: Tensor  # bool [S] utilities equal, or as good as equal (noise floor)
     finite: Tensor  # bool [S] False where a supervised utility is NaN or infinite: uniform weights
 
 
@@ -41,10 +39,11 @@ def gibbs_weights(
     multiplicity of the maximum, q is uniform over the maxima, tau is a value that gives it, and
     ``saturated`` says so (also for constant and empty trajectories).
 
-    Under a budget, utilities that differ by less than the rounding of their own computation, 8
-    units of machine precision of the largest |utility|, count as constant: uniform weights and
-    tau = 0. A trajectory with a supervised NaN or infinity falls back to uniform weights, tau = 0,
-    and ``finite`` is False there. Nothing waits for an accelerator.
+    Under a budget, utilities that differ by less than the rounding of their own computation count
+    as constant (8 units of float32's or float64's machine precision of the largest |utility|; of
+    16-bit utilities one unit of theirs): uniform weights and tau = 0. A trajectory with a
+    supervised NaN or infinity falls back to uniform weights, tau = 0, and ``finite`` is False
+    there. Nothing waits for an accelerator.
 
     Args:
         utility: [B, T] (a trajectory per row), [T] (one), or packed [N] or [1, N] with
@@ -60,7 +59,7 @@ def gibbs_weights(
     Raises:
         ValueError: not exactly one of the three; tau or kl_budget negative, temperature not
             positive, or not finite; wrong shapes; cu_seqlens falling or not going from 0 to N.
-            TypeError: wrong dtypes.
+        TypeError: wrong dtypes.
 
     Source: VCORE (arXiv 2510.27462), the KL-regularised reweighting problem and its Gibbs solution.
     """

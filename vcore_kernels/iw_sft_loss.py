@@ -42,7 +42,7 @@ def iw_sft_loss(
 
     Raises:
         ValueError: unknown level, clip not rising from 0 or more, temp not finite, wrong shapes.
-            TypeError: wrong dtypes.
+        TypeError: wrong dtypes.
 
     Source: iw-SFT (arXiv 2507.12856).
     """

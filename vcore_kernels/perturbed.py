@@ -1,6 +1,7 @@
 """Moves parameters in place, ``theta <- theta - epsilon * g``, and back again, bit for bit."""
 
 import math
+import sys
 import threading
 import warnings
 import weakref
@@ -45,35 +46,39 @@ class Perturbation:
     stalled: float = 0.0  # share of the entries with a nonzero direction that did not move
     active: bool = True
     saved: list[Tensor] = field(default_factory=list)  # the old bits of each parameter
-    buffers: list[Tensor] = field(
-        default_factory=list
-    )  # what `saved` are views of, to be used again
+    buffers: list[Tensor] = field(default_factory=list)  # `saved` are views of; used again
     addresses: list[int] = field(init=False)
 
     def __post_init__(self):
         self.addresses = [param.data_ptr() for param in self.params]
 
+    def keep_only(self, moved: list[bool]) -> None:
+        """Forgets the parameters that have not moved, which have nothing saved."""
+        self.params = [p for p, yes in zip(self.params, moved, strict=True) if yes]
+        self.addresses = [a for a, yes in zip(self.addresses, moved, strict=True) if yes]
+        # Without a backup buffer yet, nothing moved.
+        self.saved = [s for s, yes in zip(self.saved, moved, strict=False) if yes]
+
 
 # ---- operators ----
-
-
-def _fake_counts(params, *_) -> Tensor:
-    return torch.empty((len(params), 3), dtype=torch.int64)
 
 
 def _fake_nothing(*_) -> None:
     return None
 
 
+# `counts` int64 [tensors, 3]: for each tensor, how many entries of the direction are not zero, how
+# many of theta moved, and whether the direction holds NaN or infinity. It is the caller's, so that
+# whoever is interrupted on the way out of the operator (Ctrl-C) still sees what has moved.
 define(
-    "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!)[] saved, float epsilon, int? "
-    "seed) -> Tensor",
-    _fake_counts,
+    "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!)[] saved, float epsilon,"
+    " int? seed, Tensor(c!) counts) -> ()",
+    _fake_nothing,
 )
 define(
-    "perturb_swap_(Tensor(a!)[] params, Tensor(b!)[] direction, float epsilon, int? seed) -> "
-    "Tensor",
-    _fake_counts,
+    "perturb_swap_(Tensor(a!)[] params, Tensor(b!)[] direction, float epsilon, int? seed,"
+    " Tensor(c!) counts) -> ()",
+    _fake_nothing,
 )
 define("restore_(Tensor(a!)[] params, Tensor[] saved) -> ()", _fake_nothing)
 
@@ -98,42 +103,65 @@ def perturb_(
     once to the parameter's dtype. Tied parameters move once. The arguments, errors and warnings are
     those of :func:`perturbed`, which is this and :func:`restore_` as a context manager.
     """
+    made: list[Perturbation] = []
+    _perturb(made, params, direction, epsilon, rounding, consume_direction, generator, backend)
+    return made[0]
+
+
+def _perturb(
+    made: list[Perturbation],
+    params: Iterable[Tensor],
+    direction: Iterable[Tensor],
+    epsilon: float,
+    rounding: Rounding,
+    consume_direction: bool,
+    generator: torch.Generator | None,
+    backend: str,
+) -> None:
+    """Puts the perturbation into ``made`` before anything moves, so that no interrupt loses it."""
     plan = _plan(list(params), list(direction), epsilon, rounding, consume_direction)
     if not plan.params:
-        return Perturbation([], "reference", [])
+        made.append(Perturbation([], "reference", []))
+        return
     seed = _draw_seed(generator) if rounding == "stochastic" else None
     chosen = resolve("perturb_", backend, *plan.params, *plan.direction)
 
     held = [extent for extent in plan.extents if extent.written]
     perturbation = Perturbation(plan.params, chosen, held)
     _begin(perturbation, plan.extents)
+    made.append(perturbation)
+    counts = torch.full((len(plan.params), 3), _NOT_MOVED)
     try:
         if consume_direction:
             perturbation.saved = plan.direction
         else:
             perturbation.saved, perturbation.buffers = _take_backup(plan.params)
-        counts = _move(perturbation, plan.direction, epsilon, seed)
-    except BaseException:  # raised before anything moved
-        _end(perturbation)
-        raise
-    try:
+        _move(perturbation, plan.direction, epsilon, seed, counts)
         _bump_versions([*plan.params, *(plan.direction if consume_direction else [])])
         _check_counts(perturbation, counts, rounding)
-    except BaseException:
+    except BaseException:  # Ctrl-C included
+        perturbation.keep_only((counts[:, 0] != _NOT_MOVED).tolist())
         restore_(perturbation)
         raise
-    return perturbation
+
+
+_NOT_MOVED = -1  # in `counts`
 
 
 def _move(
-    perturbation: Perturbation, direction: list[Tensor], epsilon: float, seed: int | None
-) -> Tensor:
+    perturbation: Perturbation,
+    direction: list[Tensor],
+    epsilon: float,
+    seed: int | None,
+    counts: Tensor,
+) -> None:
     params, saved = perturbation.params, perturbation.saved
     if perturbation.backend == "reference":
-        return reference.perturb_(params, direction, saved, epsilon, seed)
-    if saved is direction:
-        return torch.ops.vcore_kernels.perturb_swap_(params, direction, epsilon, seed)
-    return torch.ops.vcore_kernels.perturb_(params, direction, saved, epsilon, seed)
+        reference.perturb_(params, direction, saved, epsilon, seed, counts)
+    elif saved is direction:
+        torch.ops.vcore_kernels.perturb_swap_(params, direction, epsilon, seed, counts)
+    else:
+        torch.ops.vcore_kernels.perturb_(params, direction, saved, epsilon, seed, counts)
 
 
 @torch.no_grad()
@@ -226,20 +254,16 @@ def perturbed(
             parameters are as they were; a direction to be consumed is gone.
         RuntimeError: one of the tensors is perturbed already. Disjoint sets of tensors do nest.
     """
-    perturbation = perturb_(
-        params,
-        direction,
-        epsilon,
-        rounding=rounding,
-        consume_direction=consume_direction,
-        generator=generator,
-        backend=backend,
-    )
+    made: list[Perturbation] = []
     try:
-        yield perturbation
+        with torch.no_grad():
+            _perturb(
+                made, params, direction, epsilon, rounding, consume_direction, generator, backend
+            )
+        yield made[0]
     finally:
-        if perturbation.active:
-            restore_(perturbation)
+        if made and made[0].active:
+            restore_(made[0])
 
 
 def free_backup_buffers() -> None:
@@ -295,14 +319,16 @@ def _plan(params, direction, epsilon, rounding, consume_direction) -> _Plan:
         place = (str(param.device), param.data_ptr(), param.dtype, param.shape, param.stride())
         if place in first:
             twin = first[place]
-            if g is not direction[twin] and not torch.equal(g, direction[twin]):
+            if g is not direction[twin] and not _equal(g, direction[twin]):
                 raise ValueError(
                     f"perturbed: params[{twin}] and params[{number}] are tied (the same memory), "
                     "but their directions differ. Pass the parameter once, with the sum of both."
                 )
             continue
         first[place] = number
-        if g.stride() != param.stride():
+        if _same_layout(param, g):
+            g = g.as_strided(param.shape, param.stride())
+        else:
             g = torch.empty_like(param, dtype=g.dtype, memory_format=torch.preserve_format).copy_(g)
         chosen_params.append(param)
         chosen_direction.append(g)
@@ -353,12 +379,23 @@ def _check_pair(number, param, g, rounding, consume_direction) -> None:
             f"{list(param.stride())}) is a view with gaps or overlaps. Pass the tensor it is a "
             "view of."
         )
-    if consume_direction and (g.dtype != param.dtype or g.stride() != param.stride()):
+    if consume_direction and (g.dtype != param.dtype or not _same_layout(param, g)):
         raise ValueError(
             f"perturbed: consume_direction=True swaps values, so direction[{number}] must have "
             f"the dtype and strides of params[{number}] ({param.dtype}, {list(param.stride())}), "
             f"got {g.dtype}, {list(g.stride())}. Convert it, or leave consume_direction off."
         )
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; a dimension of size 1 has no stride."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size < 2 or own == other for size, own, other in strides)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """torch.equal, with NaN equal to NaN."""
+    return a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _extent(tensor: Tensor, written: bool, name: str) -> _Extent:
@@ -406,8 +443,17 @@ def _check_counts(perturbation: Perturbation, counts: Tensor, rounding: Rounding
             "below half a unit in the last place of the parameters. Use a larger epsilon, "
             "rounding='stochastic', or float32 parameters.",
             StalledPerturbationWarning,
-            stacklevel=5,
+            stacklevel=_level_outside(),
         )
+
+
+def _level_outside() -> int:
+    """The stacklevel at which warnings.warn names the caller of this module's public functions."""
+    inside = (__name__, "contextlib", "torch.utils._contextlib")
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__") in inside:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 # ---- what is perturbed now, and the buffers ----

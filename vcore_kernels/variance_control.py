@@ -57,8 +57,8 @@ def variance_control(
     Raises:
         ValueError: unknown mode, cap not positive, ``"loss"`` without nll, ``"trajectory"`` with
             fewer than two trajectories (rows, or segments of cu_seqlens: the host does not know
-            which are empty, and if fewer than two are left, alpha is 1), wrong shapes. TypeError:
-            wrong dtypes.
+            which are empty, and if fewer than two are left, alpha is 1), wrong shapes.
+        TypeError: wrong dtypes.
 
     Source: VCORE (arXiv 2510.27462), variance control.
     """

@@ -555,6 +555,88 @@ def test_operators_pass_opcheck():
     ops = torch.ops.vcore_kernels
     p, g, saved = torch.ones(70), torch.ones(70), torch.empty(320, dtype=torch.uint8)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.perturb_, ([p], [g], [saved], 0.5, None), test_utils=checks)
-    torch.library.opcheck(ops.perturb_swap_, ([p], [g], 0.5, 3), test_utils=checks)
+    counts = torch.zeros(1, 3, dtype=torch.int64)
+    torch.library.opcheck(ops.perturb_, ([p], [g], [saved], 0.5, None, counts), test_utils=checks)
+    torch.library.opcheck(ops.perturb_swap_, ([p], [g], 0.5, 3, counts), test_utils=checks)
+    with pytest.raises(ValueError, match="counts must be"):
+        ops.perturb_([p], [g], [saved], 0.5, None, counts[:0])
     torch.library.opcheck(ops.restore_, ([p], [g]), test_utils=checks)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("consume", [False, True])
+@pytest.mark.parametrize("entry", [perturb_, perturbed])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_around_the_move_restores(monkeypatch, backend, consume, entry, when):
+    """Ctrl-C is raised where the operator returns to Python, with everything moved already."""
+    module = importlib.import_module("vcore_kernels.perturbed")
+    move = module._move
+
+    def interrupted(*args):
+        if when == "after":
+            move(*args)
+        raise KeyboardInterrupt
+
+    params, direction = [torch.randn(300), torch.randn(7)], [torch.ones(300), torch.ones(7)]
+    before = [p.clone() for p in params]
+    monkeypatch.setattr(module, "_move", interrupted)
+    options = {"backend": backend, "consume_direction": consume}
+
+    def call():
+        if entry is perturb_:
+            return perturb_(params, direction, 0.1, **options)
+        with perturbed(params, direction, 0.1, **options):
+            return pytest.fail("the body must not run")
+
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    monkeypatch.undo()
+    with perturbed(params, [torch.ones(300), torch.ones(7)], 0.1, **options):  # nothing is held
+        assert not torch.equal(params[0], before[0])
+
+
+def test_an_interrupt_between_tensors_restores_those_that_moved(monkeypatch):
+    module = importlib.import_module("vcore_kernels.backends.reference_perturb")
+    one, calls = module._perturb_one, []
+
+    def second_is_interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        one(*args)
+
+    monkeypatch.setattr(module, "_perturb_one", second_is_interrupted)
+    params = [torch.randn(5), torch.randn(6), torch.randn(7)]
+    before = [p.clone() for p in params]
+    with pytest.raises(KeyboardInterrupt):
+        perturb_(params, [torch.ones_like(p) for p in params], 0.1, backend="reference")
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_the_stalled_warning_names_the_caller():
+    param, direction = torch.full((100,), 1.0).bfloat16(), torch.ones(100)
+    with pytest.warns(StalledPerturbationWarning) as caught, perturbed([param], [direction], 1e-6):
+        pass
+    assert caught[0].filename == __file__
+    with pytest.warns(StalledPerturbationWarning) as caught:
+        restore_(perturb_([param], [direction], 1e-6))
+    assert caught[0].filename == __file__
+
+
+def test_a_dimension_of_one_has_no_stride():
+    param = torch.randn(1, 5)
+    direction = torch.ones(5, 1).t()
+    direction = direction.as_strided((1, 5), (1, 1))
+    before = param.clone()
+    with perturbed([param], [direction], 0.5, consume_direction=True):
+        torch.testing.assert_close(param, before - 0.5)
+    assert torch.equal(param, before)
+
+
+def test_tied_parameters_with_nan_in_their_direction():
+    param = torch.ones(3)
+    direction = torch.tensor([1.0, torch.nan, 1.0])
+    with pytest.raises(NonFiniteDirectionError):
+        perturb_([param, param], [direction, direction.clone()], 0.1)
+    assert torch.equal(param, torch.ones(3))

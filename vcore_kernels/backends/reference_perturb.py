@@ -30,27 +30,27 @@ def perturb_(
     saved: Sequence[Tensor],
     epsilon: float,
     seed: int | None,
-) -> Tensor:  # [tensors, 3] int64
-    """theta <- round(theta - epsilon * g), the old bits into ``saved`` (uint8, or ``direction``
-    itself).
+    counts: Tensor,
+) -> None:
+    """theta <- round(theta - epsilon * g), the old bits into ``saved``.
 
-    Returns for each tensor how many entries of the direction are not zero, how many entries of
-    theta changed their bits, and whether the direction holds NaN or infinity.
+    ``saved`` are uint8 buffers, or ``direction`` itself. Row t of ``counts`` is written when the
+    old bits of tensor t are safe and before it moves.
     """
-    counts: list[Tensor] = []
-    try:
-        for number, tensors in enumerate(zip(params, direction, saved, strict=True)):
-            theta, g, keep = map(in_memory_order, tensors)
-            counts.append(_perturb_one(theta, g, keep, epsilon, seed, number))
-    except BaseException:  # out of memory, say: what has moved goes back
-        restore_(params[: len(counts)], saved[: len(counts)])
-        raise
-    return torch.stack(counts)
+    for number, tensors in enumerate(zip(params, direction, saved, strict=True)):
+        theta, g, keep = map(in_memory_order, tensors)
+        _perturb_one(theta, g, keep, epsilon, seed, number, counts)
 
 
 def _perturb_one(
-    theta: Tensor, g: Tensor, keep: Tensor, epsilon: float, seed: int | None, number: int
-) -> Tensor:  # [3] int64
+    theta: Tensor,
+    g: Tensor,
+    keep: Tensor,
+    epsilon: float,
+    seed: int | None,
+    number: int,
+    counts: Tensor,
+) -> None:
     acc = statistics_dtype(theta.dtype)
     if seed is not None and theta.dtype == torch.float32:
         acc = torch.float64
@@ -58,10 +58,10 @@ def _perturb_one(
     new = moved.to(theta.dtype) if seed is None else _round(moved, theta.dtype, seed, number)
     bits = _BITS[theta.dtype]
     changed = (new.view(bits) != theta.view(bits)).sum()
-    counts = torch.stack([(g != 0).sum(), changed, (~g.isfinite()).any()]).cpu()
+    row = torch.stack([(g != 0).sum(), changed, (~g.isfinite()).any()]).cpu()
     keep.view(torch.uint8)[: theta.nbytes] = theta.view(torch.uint8)
+    counts[number] = row
     theta.copy_(new)
-    return counts
 
 
 def restore_(params: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
