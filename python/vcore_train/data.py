@@ -72,7 +72,7 @@ def read_examples(
     if empty not in ("error", "skip"):
         raise ValueError(f"read_examples: empty must be 'error' or 'skip', got {empty!r}.")
     if limit is not None and limit < 1:
-        raise ValueError(f"read_examples: limit must be at least 1, got {limit}.")
+        raise ValueError(f"the limit on rows must be at least 1, got {limit}.")
     examples: list[Example] = []
     skipped = 0
     fields: _Fields | None = None
@@ -82,6 +82,8 @@ def read_examples(
         if fields is None:
             fields = _Fields.find(row, prompt_field, response_field, where)
         prompt, response = fields.take(row, where)
+        _check_characters(plain_text(prompt), fields.prompt, where)
+        _check_characters(response, fields.response, where)
         if response.strip():
             examples.append(Example(prompt, response, where))
         elif empty == "skip":
@@ -149,7 +151,7 @@ def encode(
             f"encode: too_long must be 'error', 'truncate' or 'skip', got {too_long!r}."
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError("encode: the tokenizer has no end-of-sequence token to end a response.")
+        raise ValueError("the tokenizer has no end-of-sequence token to end a response.")
     rows = []
     skipped = truncated = 0
     prompts = prompt_tokens([example.prompt for example in examples], tokenizer)
@@ -172,7 +174,7 @@ def encode(
         answer = [*[0] * len(prompt), *is_answer, max(is_answer, default=0)][: len(ids)]
         rows.append({"input_ids": ids, "labels": labels, "answer_mask": answer})
     if not rows:
-        raise ValueError(f"encode: none of the rows fits into {max_length} tokens.")
+        raise ValueError(f"none of the rows fits into {max_length} tokens. Raise --max-length.")
     return Encoded(rows, skipped, truncated)
 
 
@@ -265,6 +267,17 @@ def _turns(value: Any, where: str) -> Conversation:
             f"{where}: expected a list of turns, each with a text 'role' and a text 'content'."
         )
     return turns
+
+
+def _check_characters(text: str, name: str, where: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no character and has no encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: field {name!r} holds \\u{ord(text[error.start]):04x} at character "
+            f"{error.start + 1}, half of a surrogate pair. Repair or remove it."
+        ) from error
 
 
 def _listed(row: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -21,26 +22,65 @@ from transformers import TrainerCallback
 
 
 class MetricsFile:
-    """Appends JSON objects to a file, one a line; numbers that are not finite become null."""
+    """Appends JSON objects to a file, one a line; numbers that are not finite become null.
+
+    The file is first touched by the first line. ``rows``: the earlier lines that are kept.
+    """
 
     def __init__(self, path: Path, *, keep_up_to: int | None = None):
         """``keep_up_to``: keep the earlier lines up to this step; None starts the file anew."""
         self.path = path
-        kept = (
-            [] if keep_up_to is None else [r for r in read_metrics(path) if r["step"] <= keep_up_to]
-        )
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in kept), encoding="utf-8")
+        self.rows: list[dict[str, Any]] = []
+        self._begun = False
+        if keep_up_to is not None:
+            self.rows = [row for row in read_metrics(path) if _step(row, path) <= keep_up_to]
 
     def append(self, row: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps({name: _finite(value) for name, value in row.items()})}\n")
+        line = f"{json.dumps({name: _finite(value) for name, value in row.items()})}\n"
+        if self._begun:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+            return
+        kept = "".join(f"{json.dumps(row)}\n" for row in self.rows)
+        written = self.path.with_name(f"{self.path.name}.tmp")
+        written.write_text(kept + line, encoding="utf-8")
+        os.replace(written, self.path)
+        self._begun = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; [] where there is none."""
+    """The rows of a metrics file; [] where there is none.
+
+    A last line that is cut off, as a killed process leaves it, is left out. Raises ValueError with
+    the line for any other that is not a JSON object.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
+    rows = []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == last:
+                break
+            raise ValueError(
+                f"{path}, line {number + 1}: not valid JSON ({error.msg}). Repair or remove it."
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number + 1}: expected a JSON object, got {row!r}.")
+        rows.append(row)
+    return rows
+
+
+def _step(row: Mapping[str, Any], path: Path) -> int:
+    step = row.get("step")
+    if not isinstance(step, int):
+        raise ValueError(f"{path}: a line has no number as its step: {json.dumps(row)[:80]}")
+    return step
 
 
 def _finite(value: Any) -> Any:
@@ -50,8 +90,9 @@ def _finite(value: Any) -> Any:
 class RunLog(TrainerCallback):
     """Collects the figures of one training run, and shows its progress.
 
-    ``rows``: everything logged, each with its ``step``. ``seconds``: wall-clock time of each
-    optimizer step, probing included, saving and evaluation not.
+    ``rows``: everything logged, each with its ``step``; first the lines that ``file`` kept.
+    ``seconds``: wall-clock time of each optimizer step, probing included, saving and evaluation
+    not.
     """
 
     def __init__(
@@ -63,7 +104,7 @@ class RunLog(TrainerCallback):
         extra: Mapping[str, Any] | None = None,
     ):
         self.label, self.console, self.file, self.extra = label, console, file, dict(extra or {})
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = list(file.rows) if file is not None else []
         self.seconds: list[float] = []
         self._began = 0.0
         self._told = 0

@@ -205,3 +205,13 @@ def test_trained_tokenizer_round_trips_and_reloads(tokenizer, tmp_path):
     assert len(tokenizer("1234")["input_ids"]) == 4
     with pytest.raises(ValueError, match=str(SMALLEST_VOCABULARY)):
         train_tokenizer(TEXTS, vocab_size=100)
+
+
+@pytest.mark.parametrize("field", ["prompt", "response"])
+def test_half_a_surrogate_pair_is_named(tmp_path, field):
+    path = tmp_path / "data.jsonl"
+    row = {"prompt": "p", "response": "r"}
+    broken = {**row, field: "ab\ud800"}
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(broken)}\n")
+    with pytest.raises(ValueError, match=rf"data.jsonl, row 2: field '{field}' holds \\ud800 at"):
+        read_examples(path)
