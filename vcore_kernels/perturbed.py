@@ -284,7 +284,7 @@ class _Plan(NamedTuple):
 class _Extent(NamedTuple):
     """The bytes [start, end) of a tensor's storage that a call reads or writes."""
 
-    device: str
+    device: int  # Tensor.get_device(): -1 for a CPU
     start: int
     end: int
     written: bool
@@ -316,7 +316,7 @@ def _plan(params, direction, epsilon, rounding, consume_direction) -> _Plan:
         _check_pair(number, param, g, rounding, consume_direction)
         if param.numel() == 0:
             continue
-        place = (str(param.device), param.data_ptr(), param.dtype, param.shape, param.stride())
+        place = (param.get_device(), param.data_ptr(), param.dtype, param.shape, param.stride())
         if place in first:
             twin = first[place]
             if g is not direction[twin] and not _equal(g, direction[twin]):
@@ -400,12 +400,12 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _extent(tensor: Tensor, written: bool, name: str) -> _Extent:
     start = tensor.data_ptr()
-    return _Extent(str(tensor.device), start, start + tensor.nbytes, written, name)
+    return _Extent(tensor.get_device(), start, start + tensor.nbytes, written, name)
 
 
 def _overlap(extents: Iterable[_Extent]) -> tuple[str, str] | None:
     """The names of two extents that share bytes, one of them written; None where there are none."""
-    widest: dict[tuple[str, bool], _Extent] = {}  # by device, and whether written
+    widest: dict[tuple[int, bool], _Extent] = {}  # by device, and whether written
     for extent in sorted(extents):
         for written in (True, False):
             other = widest.get((extent.device, written))
@@ -467,7 +467,7 @@ def _begin(perturbation: Perturbation, extents: Sequence[_Extent]) -> None:
     """Enters the perturbation among those under way, unless one of these holds the same memory."""
     with _lock:
         under_way = [extent for other in _perturbed_now for extent in other.extents]
-        if shared := _overlap([*extents, *under_way]):
+        if under_way and (shared := _overlap([*extents, *under_way])):
             raise RuntimeError(
                 f"perturbed: {shared[0]} is perturbed already. Restore it first; only disjoint "
                 "sets of tensors nest."
