@@ -69,6 +69,7 @@ format: setup
 	$(BIN)/clang-format -i $(CPP)
 
 bench: setup
+	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest -q benchmarks/bench_*.py --benchmark-json=benchmarks/results/latest.json $(PYTEST_ARGS)
 
 clean:
