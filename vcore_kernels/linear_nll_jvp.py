@@ -32,8 +32,8 @@ def linear_nll_jvp(
     Args:
         hidden_tangent: shaped like ``hidden``; cast to its dtype.
         weight_tangent: [V, H] or None for a frozen head; cast to the weight's dtype.
-        bias_tangent: [V] or None; needs ``bias``. Everything else as in
-            :func:`vcore_kernels.linear_nll`.
+        bias_tangent: [V] or None; needs ``bias``.
+        other arguments: as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
         (nll, nll_tangent), both shaped like ``target``, float32 (float64 for float64); 0 where

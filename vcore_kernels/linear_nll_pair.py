@@ -34,8 +34,8 @@ def linear_nll_pair(
     Args:
         hidden_perturbed: shaped like ``hidden``.
         weight_perturbed: [V, H], or None where the head is the same at both points.
-        bias_perturbed: [V] or None; needs ``bias``. Everything else as in
-            :func:`vcore_kernels.linear_nll`.
+        bias_perturbed: [V] or None; needs ``bias``.
+        other arguments: as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
         (nll, nll - nll_perturbed), both shaped like ``target``, float32 (float64 for float64); 0

@@ -109,8 +109,8 @@ def weighted_linear_nll(
 
     Args:
         token_weight: shaped like ``target`` (with ``shift=1``: the weight of label t stands at t);
-            any sign, finite; put alpha * q * n / num_items here. Everything else as in
-            :func:`vcore_kernels.linear_nll`.
+            any sign, finite; put alpha * q * n / num_items here.
+        other arguments: as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
         (loss, nll): the 0-dim weighted sum, and the detached per-token losses shaped like
