@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from vcore_train.config import VcoreConfig
 from vcore_train.data import Encoded, encode, plain_text, read_examples
@@ -27,6 +27,15 @@ from vcore_train.models import (
     window_of,
 )
 from vcore_train.plots import LABELS, plot_losses, plot_panels
+from vcore_train.run_folder import (
+    METRICS,
+    PLOTS,
+    SUMMARY,
+    ClearFolder,
+    holds_a_run,
+    last_checkpoint,
+    steps_done,
+)
 from vcore_train.run_log import MetricsFile, RunLog
 from vcore_train.tokenizer import train_tokenizer
 from vcore_train.trainer import VcoreTrainer
@@ -103,18 +112,18 @@ def train(options: TrainOptions, console: Console) -> TrainSummary:
     """
     arguments = VcoreConfig(output_dir=str(options.out), **options.arguments)
     checkpoint = _checkpoint(options)
+    done = None if checkpoint is None else steps_done(checkpoint)
+    metrics = MetricsFile(options.out / METRICS, keep_up_to=done)
     tokenizer, model, train_rows, eval_rows = _prepare(options, checkpoint, console)
     if options.lora is not None:
         model = _with_lora(model, options.lora)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _announce(options, arguments, train_rows, model, trainable, console)
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    done = _steps_done(checkpoint)
     log = RunLog(
         LABELS.get(arguments.method, arguments.method),
         console=console,
-        file=MetricsFile(options.out / "metrics.jsonl", keep_up_to=done),
+        file=metrics,
         extra={"method": arguments.method},
     )
     start = time.perf_counter()
@@ -125,13 +134,24 @@ def train(options: TrainOptions, console: Console) -> TrainSummary:
             train_dataset=train_rows.rows,
             eval_dataset=eval_rows.rows if eval_rows else None,
             processing_class=tokenizer,
-            callbacks=[log, interrupt],
+            callbacks=[*([ClearFolder(options.out)] if options.overwrite else []), log, interrupt],
         )
         trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        finally:
-            log.close()
+        if checkpoint is not None and done is not None and done >= _planned_steps(trainer):
+            console.print(
+                f"The run in {options.out} is finished: {checkpoint} is its last step. Nothing "
+                "is left to train; raise --steps or --epochs for more.",
+                soft_wrap=True,
+            )
+            finished = _finished_summary(options.out, done)
+            if finished is not None:
+                return finished
+            _restore(trainer, checkpoint)
+        else:
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            finally:
+                log.close()
         if not interrupt.requested:
             trainer.save_model(str(options.out))
     seconds = time.perf_counter() - start
@@ -148,25 +168,45 @@ def _checkpoint(options: TrainOptions) -> str | None:
     """The checkpoint to resume from; refuses to mix two runs in one folder."""
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out}: is a file, expected a folder.")
-    last = get_last_checkpoint(str(options.out)) if options.out.is_dir() else None
+    if options.resume and options.overwrite:
+        raise ValueError("--resume continues a run, --overwrite replaces it: pass one of them.")
     if options.resume:
+        last = last_checkpoint(options.out)
         if last is None:
             raise ValueError(f"--resume: no checkpoint-* folder in {options.out}.")
         return last
-    used = options.out.is_dir() and (last or (options.out / "metrics.jsonl").exists())
-    if used and not options.overwrite:
-        raise ValueError(
-            f"{options.out} holds an earlier run. Continue it with --resume, replace it with "
-            "--overwrite, or choose another --out."
-        )
+    if not options.overwrite:
+        if holds_a_run(options.out):
+            raise ValueError(
+                f"{options.out} holds an earlier run. Continue it with --resume, replace it with "
+                "--overwrite, or choose another --out."
+            )
+        return None
+    out = options.out.resolve()
+    for flag, name in (("--model", options.model.model), ("--tokenizer", options.model.tokenizer)):
+        if name is not None and out in (Path(name).resolve(), *Path(name).resolve().parents):
+            raise ValueError(f"--overwrite would remove {flag} {name}: choose another --out.")
     return None
 
 
-def _steps_done(checkpoint: str | None) -> int | None:
-    if checkpoint is None:
+def _planned_steps(trainer: VcoreTrainer) -> int:
+    return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+
+
+def _finished_summary(out: Path, done: int) -> TrainSummary | None:
+    """The summary of a run that ended, None where it was stopped before it wrote its results."""
+    try:
+        record = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+        summary = TrainSummary(**{f.name: record[f.name] for f in fields(TrainSummary)})
+    except (FileNotFoundError, json.JSONDecodeError, LookupError, TypeError):
         return None
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"]
+    return summary if summary.steps >= done and not summary.interrupted else None
+
+
+def _restore(trainer: VcoreTrainer, checkpoint: str) -> None:
+    """Model and state of a checkpoint, without a step."""
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
 def _prepare(
@@ -301,7 +341,7 @@ def _summarise(
 def _write(
     options: TrainOptions, arguments: VcoreConfig, log: RunLog, summary: TrainSummary
 ) -> None:
-    plots = options.out / "plots"
+    plots = options.out / PLOTS
     plots.mkdir(exist_ok=True)
     nll = log.series("nll") if log.series("nll")[0] else log.series("loss")
     if nll[0]:
@@ -315,7 +355,7 @@ def _write(
     if panels:
         plot_panels(plots / "weights.png", panels, title="Token weights during training")
     record = {**summary.__dict__, "torch_threads": torch.get_num_threads()}
-    (options.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (options.out / SUMMARY).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _show(
@@ -334,7 +374,8 @@ def _show(
     )
     if summary.eval_loss is not None:
         table.add_row("held-out loss", f"{summary.eval_loss:.4f} nats/token")
-    table.add_row("step time", f"{log.median_seconds * 1e3:.0f} ms (median)")
+    if log.seconds:
+        table.add_row("step time", f"{log.median_seconds * 1e3:.0f} ms (median)")
     supervised = log.series("supervised_tokens")[1]
     if supervised and log.seconds:
         per_step = supervised[-1] / summary.steps

@@ -252,3 +252,76 @@ def test_help_and_info(capsys):
     out = capsys.readouterr().out
     for name in ("reference", "cpp", "torch", "transformers", "threads", "gpu"):
         assert name in out
+
+
+def test_overwrite_replaces_the_whole_earlier_run(problems, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["train", problems, "--method", "sft", "--out", out, *QUICK]
+    assert vcore(*command, "--steps", 3, "--save-every", 2) == 0
+    (out / "notes.txt").write_text("mine")
+    (out / ".incomplete").mkdir()
+    before = {path.name for path in out.iterdir()}
+    assert {"checkpoint-2", "checkpoint-3", "model.safetensors", "plots"} <= before
+
+    # A mistake found late leaves everything as it was.
+    assert vcore(*command, "--overwrite", "--steps", 1, "--lr", -1) == 1
+    assert {path.name for path in out.iterdir()} == before
+    assert vcore(*command, "--overwrite", "--resume", "--steps", 1) == 1
+    assert vcore("train", problems, "--model", out, "--out", out, "--overwrite", "--cpu") == 1
+    assert "--overwrite would remove --model" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == before
+
+    assert vcore(*command, "--overwrite", "--steps", 1) == 0
+    assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-1"}
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / ".incomplete").exists()
+    assert [r["step"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r] == [1]
+
+
+def test_overwrite_removes_the_old_model_before_the_first_step(problems, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = ["train", problems, "--method", "sft", "--out", out, "--steps", 1, *QUICK]
+    assert vcore(*command) == 0
+    seen = []
+
+    def stop(self, args, state, control, **kwargs):
+        seen.extend(path.name for path in out.iterdir())
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(run_log.RunLog, "on_step_begin", stop)
+    assert vcore(*command, "--overwrite") == 1
+    assert seen == []
+
+
+def test_resuming_a_finished_run_trains_nothing(problems, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["train", problems, "--method", "sft", "--out", out, "--steps", 3, *QUICK]
+    assert vcore(*command) == 0
+    files = [path for path in out.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    assert vcore(*command, "--resume") == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    # Killed after its last checkpoint: model and summary are made from it.
+    (out / "summary.json").unlink()
+    (out / "model.safetensors").unlink()
+    assert vcore(*command, "--resume", "--seed", 1) == 0
+    assert (out / "model.safetensors").read_bytes() == before[out / "model.safetensors"]
+    summary = json.loads((out / "summary.json").read_text())
+    old = json.loads(before[out / "summary.json"])
+    assert summary["steps"] == 3
+    assert summary["last_loss"] == old["last_loss"]
+    assert (out / "metrics.jsonl").read_bytes() == before[out / "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("mistake", [["--lr", -1], ["--seed", -1], ["--lora-targets", "no"]])
+def test_a_corrected_command_may_use_the_folder(trained, problems, tmp_path, capsys, mistake):
+    out = tmp_path / "out"
+    command = ["train", problems, "--method", "sft", "--out", out, "--steps", 1, "--cpu"]
+    lora = ["--model", trained, "--lora"] if "--lora-targets" in mistake else TINY
+    assert vcore(*command, *lora, *mistake) == 1
+    assert not (out / "metrics.jsonl").exists()
+    (out).mkdir(exist_ok=True)
+    (out / "metrics.jsonl").touch()
+    assert vcore(*command, *TINY) == 0
