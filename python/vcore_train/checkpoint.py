@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 STAGING = ".incomplete"
+RETIRED = ".retired"
 STATE = "vcore_state"
 
 
@@ -31,10 +32,9 @@ def staged_folder(
         barrier: waits for all processes that write into the folder.
     """
     staging = final.parent / STAGING / final.name
-    retired = staging.with_name(f"{final.name}.retired")
+    retired = staging.with_name(f"{final.name}{RETIRED}")
     if main_process:
-        if retired.exists() and not final.exists():  # a former process ended between two renames
-            retired.rename(final)
+        _restore(retired, final)
         _remove(staging, retired)
         staging.mkdir(parents=True)
     barrier()
@@ -50,6 +50,23 @@ def staged_folder(
             with suppress(OSError):  # others may be at work in it
                 staging.parent.rmdir()
     barrier()
+
+
+def recover(folder: Path) -> None:
+    """Cleans up what processes that were killed left of the checkpoints in ``folder``.
+
+    A checkpoint that was about to be replaced comes back; unfinished ones are deleted.
+    """
+    staging = folder / STAGING
+    for retired in staging.glob(f"*{RETIRED}"):
+        _restore(retired, folder / retired.name.removesuffix(RETIRED))
+    _remove(staging)
+
+
+def _restore(retired: Path, final: Path) -> None:
+    """Undoes the first of two renames, which a process may have ended between."""
+    if retired.exists() and not final.exists():
+        retired.rename(final)
 
 
 def _replace(final: Path, new: Path, retired: Path) -> None:

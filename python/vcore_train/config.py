@@ -83,6 +83,9 @@ class VcoreConfig(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every this many optimizer steps."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and infinity out of the logged loss."}
+    )
 
     method: str = field(default="vcore", metadata={"help": f"Objective: {', '.join(METHODS)}."})
     direction: str = field(
@@ -221,8 +224,7 @@ class VcoreConfig(TrainingArguments):
         if self.epsilon is not None and self.utility_method == "jvp":
             raise ValueError(
                 f"VcoreConfig: epsilon={self.epsilon} has no meaning for utility_method='jvp'. "
-                "Drop it, or "
-                "pass utility_method='central' or 'finite_difference'."
+                "Drop it, or pass utility_method='central' or 'finite_difference'."
             )
         if self.torch_compile:
             raise _error(
@@ -236,24 +238,21 @@ class VcoreConfig(TrainingArguments):
         ):
             raise ValueError(
                 "VcoreConfig: variance_control='trajectory' needs at least 2 trajectories in an "
-                "optimizer step, "
-                "and per_device_train_batch_size * gradient_accumulation_steps is 1. Use 'utility'."
+                "optimizer step, and per_device_train_batch_size * gradient_accumulation_steps is "
+                "1. Use 'utility'."
             )
         if self.fp16:
             raise ValueError(
-                "VcoreConfig: fp16=True does not work with method='vcore': the gradient of a "
-                "probe batch "
-                "has no loss scaling and underflows. Use bf16=True, or float32."
+                "VcoreConfig: fp16=True does not work with method='vcore': the gradient of a probe "
+                "batch has no loss scaling and underflows. Use bf16=True, or float32."
             )
         served = {"adam": ADAM_OPTIMIZERS, "momentum": MOMENTUM_OPTIMIZERS}.get(self.direction)
         optim = OptimizerNames(self.optim).value
         if served is not None and optim not in served:
             raise ValueError(
                 f"VcoreConfig: direction={self.direction!r} reads the moments of the optimizer, "
-                "and "
-                f"optim={optim!r} has none that it can read. Use optim="
-                f"{' or '.join(served)}, or direction='probe' or 'ema', which work with any "
-                "optimizer."
+                f"and optim={optim!r} has none that it can read. Use optim={' or '.join(served)}, "
+                "or direction='probe' or 'ema', which work with any optimizer."
             )
 
 

@@ -34,6 +34,8 @@ class Examples(Dataset):
     def __init__(
         self, rows: Sequence[Mapping[str, Any]], max_length: int | None, window: int | None
     ):
+        if not len(rows):
+            raise ValueError("dataset: no examples. The trainer needs at least one.")
         self.rows, self.max_length = rows, max_length
         self.numbers: list[int] = []
         self.lengths: list[int] = []
@@ -43,12 +45,11 @@ class Examples(Dataset):
                 self.numbers.append(number)
                 self.lengths.append(len(row["input_ids"]))
         self.skipped = len(rows) - len(self.numbers)
-        if len(rows) and not self.numbers:
+        if not self.numbers:
             raise ValueError(
                 f"dataset: none of its {len(rows)} examples has a supervised token. Labels are "
-                "-100 for the "
-                "prompt and the token itself for the response; max_length may cut every response "
-                "off."
+                "-100 for the prompt and the token itself for the response; max_length may cut "
+                "every response off."
             )
 
     def __len__(self) -> int:
@@ -84,8 +85,7 @@ def numbered_examples(
     if max_length is not None and window is not None and max_length > window:
         raise ValueError(
             f"VcoreTrainer: max_length={max_length} is more than the model's window of {window} "
-            "tokens. "
-            f"Pass max_length={window} or less."
+            f"tokens. Pass max_length={window} or less."
         )
     if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
         return Examples(rows, max_length, window)
@@ -110,8 +110,7 @@ def checked_row(
         if row.get(name) is None:
             raise ValueError(
                 f"dataset: example {number} has no {name!r}, only {', '.join(row)}. The trainer "
-                "takes "
-                "tokenised rows with input_ids and labels."
+                "takes tokenised rows with input_ids and labels."
             )
     lengths = {name: len(row[name]) for name in TOKEN_COLUMNS if row.get(name) is not None}
     if len(set(lengths.values())) > 1:
@@ -121,8 +120,7 @@ def checked_row(
     if window is not None and length > window:
         raise ValueError(
             f"dataset: example {number} has {length} tokens, more than the model's window of "
-            f"{window}. "
-            f"Set max_length={window} to cut it, or leave it out."
+            f"{window}. Set max_length={window} to cut it, or leave it out."
         )
     return columns
 

@@ -1,6 +1,5 @@
 """Figures of training between two log lines."""
 
-import time
 from collections import defaultdict
 
 import torch
@@ -17,13 +16,7 @@ class Metrics:
         self.totals: dict[str, int] = defaultdict(int)
         self._values: dict[str, list[Tensor]] = defaultdict(list)
         self._sums: dict[str, Tensor] = {}
-        self._probing = 0.0
-        self._since: float | None = None
-
-    def start(self) -> None:
-        """Starts the clock of the first interval; without effect afterwards."""
-        if self._since is None:
-            self._since = time.perf_counter()
+        self._probing = self._stepping = 0.0
 
     def add_mean(self, name: str, value: Tensor) -> None:
         self._values[name].append(value.detach())
@@ -36,15 +29,18 @@ class Metrics:
     def add_probing(self, seconds: float) -> None:
         self._probing += seconds
 
+    def add_step(self, seconds: float) -> None:
+        """Seconds of a step, its probe included."""
+        self._stepping += seconds
+
     def drain(self) -> dict[str, float]:
         """The figures as numbers; starts the next interval."""
         figures = {name: float(pair[0] / pair[1]) for name, pair in self._sums.items()}
         for name, values in self._values.items():
             figures[name] = float(torch.stack([v.double() for v in values]).mean())
-        now = time.perf_counter()
-        if self._probing and self._since is not None:
-            figures["probe_time_share"] = self._probing / (now - self._since)
+        if self._probing and self._stepping:
+            figures["probe_time_share"] = self._probing / self._stepping
         self._values.clear()
         self._sums.clear()
-        self._probing, self._since = 0.0, now
+        self._probing = self._stepping = 0.0
         return {**figures, **{name: float(total) for name, total in self.totals.items()}}

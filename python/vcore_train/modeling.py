@@ -185,16 +185,24 @@ def supervised_labels(inputs: Mapping[str, Any]) -> Tensor:
             f"the batch has no labels (keys: {', '.join(sorted(inputs))}). Add `labels`, int64, "
             "shaped like input_ids, with -100 at tokens that are not supervised."
         )
-    labels = inputs["labels"].clone()
-    labels[..., 0] = IGNORE_INDEX
+    return inputs["labels"].masked_fill(segment_starts(inputs), IGNORE_INDEX)
+
+
+def segment_starts(inputs: Mapping[str, Any]) -> Tensor:
+    """Bool, shaped like ``inputs["labels"]`` [B, T]: True at the first token of each trajectory.
+
+    That is t = 0 of each row; in a packed batch also each of ``cu_seq_lens_q`` or, without it and
+    without an attention mask, each jump of ``position_ids``.
+    """
+    starts = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+    starts[..., 0] = True
     boundaries, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
     if boundaries is not None:
-        starts = boundaries[:-1].to(labels.device, torch.int64)
-        flat = labels.view(-1)
-        flat[starts[starts < flat.numel()]] = IGNORE_INDEX
+        inner = boundaries[:-1].to(starts.device, torch.int64)
+        starts.view(-1)[inner[inner < starts.numel()]] = True
     elif positions is not None and inputs.get("attention_mask") is None and positions.dim() == 2:
-        labels[..., 1:].masked_fill_(positions[..., 1:] != positions[..., :-1] + 1, IGNORE_INDEX)
-    return labels
+        starts[..., 1:] |= positions[..., 1:] != positions[..., :-1] + 1
+    return starts
 
 
 @contextmanager
@@ -270,10 +278,10 @@ def verify_head(model: nn.Module) -> None:
             f"relative difference {error:.3g}" if agree else f"{logits.shape} and {expected.shape}"
         )
         raise ValueError(
-            f"{type(lm).__name__} does not form its logits as "
-            f"softcap(scale * (hidden @ weight.T + bias)) with scale={head.scale}, "
-            f"softcap={head.softcap} from its configuration ({what}). "
-            "This architecture is not supported; its rule belongs in vcore_train/modeling.py."
+            f"{type(lm).__name__} does not form its logits as softcap(scale * (hidden @ weight.T + "
+            f"bias)) with scale={head.scale}, softcap={head.softcap} from its configuration "
+            f"({what}). This architecture is not supported; its rule belongs in "
+            "vcore_train/modeling.py."
         )
     _verified.add(model)
 
@@ -351,8 +359,8 @@ def _switch_attention(lm: PreTrainedModel, attention: str) -> None:
         if not lm._can_set_attn_implementation():
             raise ValueError(
                 f"{type(lm).__name__} cannot change its attention after loading, and its "
-                f"{lm.config._attn_implementation!r} attention has no forward derivative. "
-                f"Load it with attn_implementation={attention!r}."
+                f"{lm.config._attn_implementation!r} attention has no forward derivative. Load it "
+                f"with attn_implementation={attention!r}."
             )
         lm.set_attn_implementation(attention)
     elif decoder.config._attn_implementation != attention:

@@ -29,8 +29,17 @@ class ProbeSampler:
         return drawn.tolist()
 
     def state(self) -> dict[str, Tensor]:
-        return {"generator": self.generator.get_state(), "remaining": self.remaining}
+        return {
+            "generator": self.generator.get_state(),
+            "remaining": self.remaining,
+            "size": torch.tensor(self.size),
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        if int(state["size"]) != self.size:
+            raise ValueError(
+                f"the checkpoint drew probe batches from {int(state['size'])} examples, and the "
+                f"training set has {self.size}. Resume with the same training set."
+            )
         self.generator.set_state(state["generator"])
         self.remaining = state["remaining"]

@@ -47,18 +47,32 @@ class ReferenceLogp:
         numbers = torch.tensor([examples.numbers[i] for i in order])
         return cls(numbers, counts.cumsum(0), torch.cat(logp))
 
+    def check(self, examples: Examples) -> None:
+        """Raises ValueError unless these are the examples that the reference was taken of."""
+        if sorted(self.numbers.tolist()) != examples.numbers:
+            raise ValueError(
+                f"the checkpoint holds the reference of {self.numbers.numel()} examples, and the "
+                f"training set has {len(examples)}, or others. Resume with the same training set."
+            )
+
     def for_batch(self, batch: Mapping[str, Any]) -> Tensor:
         """Reference log-probabilities shaped like the batch's labels, 0 where not supervised."""
         if NUMBER not in batch:
             raise ValueError(
                 f"method 'iw_sft' finds the reference of an example by its {NUMBER}, which the "
-                "data collator "
-                "dropped. Use PaddingCollator or PackingCollator, or pass the key through."
+                "data collator dropped. Use PaddingCollator or PackingCollator, or pass the key "
+                "through."
             )
         tokens = SupervisedTokens.of([batch])
         places = [self._place[number] for number in batch[NUMBER].tolist()]
         parts = [self.logp[self.cu_seqlens[p] : self.cu_seqlens[p + 1]] for p in places]
         packed = torch.cat([self.logp[:0], *parts])
+        if packed.numel() != tokens.count:
+            raise ValueError(
+                f"the reference of examples {batch[NUMBER].tolist()} has {packed.numel()} tokens, "
+                f"and the batch supervises {tokens.count} of them. Resume with the same training "
+                "set."
+            )
         return tokens.unpacked(packed.to(batch["labels"].device))[0]
 
     def state(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcore_train.modeling import IGNORE_INDEX, supervised_labels
+from vcore_train.modeling import IGNORE_INDEX, segment_starts, supervised_labels
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,5 @@ class SupervisedTokens:
 
 def segments(batch: Mapping[str, Any]) -> Tensor:
     """The trajectory that each token [B, T] belongs to, numbered from 0 within the batch."""
-    labels = batch["labels"]
-    starts = torch.zeros_like(labels, dtype=torch.bool)
-    starts[:, 0] = True
-    boundaries, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
-    if boundaries is not None:
-        inner = boundaries[:-1].to(labels.device, torch.int64)
-        starts.view(-1)[inner[inner < starts.numel()]] = True
-    elif positions is not None and batch.get("attention_mask") is None and positions.dim() == 2:
-        starts[:, 1:] |= positions[:, 1:] != positions[:, :-1] + 1
-    return (starts.flatten().cumsum(0) - 1).view(labels.shape)
+    starts = segment_starts(batch)
+    return (starts.flatten().cumsum(0) - 1).view(starts.shape)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from vcore_kernels import dft_loss, iw_sft_loss, weighted_linear_nll
 from vcore_train.checkpoint import (
     load_state,
+    recover,
     save_state,
     staged_folder,
     under_prefix,
@@ -68,9 +69,10 @@ class VcoreTrainer(Trainer):
 
     Logged besides transformers' own figures: ``nll`` (mean over supervised tokens, unweighted),
     ``tau``, ``kl`` (nats) and ``ess`` (means over trajectories), ``alpha``, ``utility_mean``,
-    ``utility_std``, ``probe_time_share``; and as totals of the run ``supervised_tokens``,
-    ``fallback_steps``, ``saturated`` (trajectories whose KL budget could not be reached).
-    ``eval_loss`` is the mean over all supervised tokens of the evaluation set.
+    ``utility_std``, ``probe_time_share`` (of the time of probes and training passes); and as totals
+    of the run ``supervised_tokens``, ``fallback_steps``, ``saturated`` (trajectories whose KL
+    budget could not be reached). ``eval_loss`` is the mean over all supervised tokens of the
+    evaluation set.
 
     Checkpoints appear whole or not at all, and a resumed run repeats the uninterrupted one: data
     order, dropout, probe batches, averaged and kept directions.
@@ -104,8 +106,7 @@ class VcoreTrainer(Trainer):
         if not isinstance(args, VcoreConfig):
             raise TypeError(
                 f"VcoreTrainer: args must be a VcoreConfig, got {type(args).__name__}. It takes "
-                "every option "
-                "of TrainingArguments."
+                "every option of TrainingArguments."
             )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
@@ -153,10 +154,11 @@ class VcoreTrainer(Trainer):
         self._step_weights: list[Tensor] | None = None
         self._position = 0  # of the micro-batch in its optimizer step
         self._drawn = 0  # micro-batches read for the step
+        self._step_start = 0.0
         self._evaluated = torch.zeros(2, dtype=torch.float64)
         self._schedule = DirectionSchedule(args)
         self._sampler: ProbeSampler | None = None
-        if isinstance(self.train_dataset, Examples):
+        if args.method == "vcore" and isinstance(self.train_dataset, Examples):
             seed = args.seed if args.data_seed is None else args.data_seed
             self._sampler = ProbeSampler(
                 len(self.train_dataset),
@@ -175,16 +177,14 @@ class VcoreTrainer(Trainer):
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"VcoreTrainer: parameter {name} is {parameter.dtype}, which has no gradient. "
-                    "Freeze quantised "
-                    "weights and train adapters over them (PEFT LoRA)."
+                    "Freeze quantised weights and train adapters over them (PEFT LoRA)."
                 )
         quantised = getattr(causal_lm(model), "hf_quantizer", None) is not None
         if quantised and args.method == "vcore" and args.utility_method == "jvp":
             raise ValueError(
                 "VcoreTrainer: utility_method='jvp' cannot pass through the quantised layers of "
-                "this model, whose "
-                "kernels have no forward derivative. Use utility_method='central', which moves "
-                "the adapters alone."
+                "this model, whose kernels have no forward derivative. Use "
+                "utility_method='central', which moves the adapters alone."
             )
         verify_head(model)
 
@@ -209,14 +209,13 @@ class VcoreTrainer(Trainer):
         if self.args.method == "iw_sft":
             raise ValueError(
                 "VcoreTrainer: method='iw_sft' takes the reference of each example before "
-                "training, and an "
-                "iterable dataset has no length. Pass a map-style dataset."
+                "training, and an iterable dataset has no length. Pass a map-style dataset."
             )
         if self.args.method == "vcore" and self.args.direction in ("probe", "ema"):
             raise ValueError(
-                f"VcoreTrainer: direction={self.args.direction!r} draws examples by number, and "
-                "an iterable "
-                "dataset has none. Pass a map-style dataset, or direction='momentum' or 'adam'."
+                f"VcoreTrainer: direction={self.args.direction!r} draws examples by number, and an "
+                "iterable dataset has none. Pass a map-style dataset, or direction='momentum' or "
+                "'adam'."
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -238,9 +237,8 @@ class VcoreTrainer(Trainer):
             raise ValueError(
                 f"VcoreTrainer: direction={kind!r} reads the moments of the optimizer, and "
                 f"{type(plain).__module__}.{type(plain).__name__} as configured has none that it "
-                "can read. Use "
-                f"torch.optim's {works}, or direction='probe' or 'ema', which work with any "
-                "optimizer."
+                f"can read. Use torch.optim's {works}, or direction='probe' or 'ema', which work "
+                "with any optimizer."
             )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
@@ -251,6 +249,27 @@ class VcoreTrainer(Trainer):
     def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
         return super().get_test_dataloader(self._examples(test_dataset, "test"))
 
+    # ---- training ----
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.args.should_save:
+            recover(Path(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        return super().train(*args, **kwargs)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
+        if self.state.global_step < max_steps:
+            return start
+        logger.warning(
+            "The checkpoint is at step %d of %d: nothing is left to train.",
+            self.state.global_step,
+            max_steps,
+        )
+        return epochs, 0  # all epochs are done, also one that max_steps ends within
+
     # ---- one optimizer step ----
 
     def get_batch_samples(
@@ -258,7 +277,6 @@ class VcoreTrainer(Trainer):
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of the next optimizer step, and how many tokens they supervise."""
         self._drawn = 0
-        self.metrics.start()
         batches, num_items = super().get_batch_samples(
             map(self._with_supervised_labels, epoch_iterator), num_batches, device
         )
@@ -278,13 +296,21 @@ class VcoreTrainer(Trainer):
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         if self._position == 0:
+            self._step_start = self._clock()
             self._begin_step(num_items_in_batch)
         with record_function("vcore::training_pass"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._position += 1
         if self._position == len(self._step_batches):
             self._step_batches, self._step_weights = [], None
+            self.metrics.add_step(self._clock() - self._step_start)
         return loss
+
+    def _clock(self) -> float:
+        """Seconds; where probes are timed, once the device has done what it was given."""
+        if self.args.method == "vcore" and self.args.device.type != "cpu":
+            torch.accelerator.synchronize(self.args.device)
+        return time.perf_counter()
 
     def _begin_step(self, num_items: Tensor | int | None) -> None:
         args = self.args
@@ -292,9 +318,8 @@ class VcoreTrainer(Trainer):
         if args.method == "iw_sft" and self._reference is None:
             self._reference = self._take_reference()
         if args.method == "vcore" and self.state.global_step % args.anchor_steps == 0:
-            start = time.perf_counter()
             self._step_weights = self._probe()
-            self.metrics.add_probing(time.perf_counter() - start)
+            self.metrics.add_probing(self._clock() - self._step_start)
 
     def compute_loss(
         self,
@@ -303,7 +328,13 @@ class VcoreTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if return_outputs:  # an evaluation that wants the logits
+        if return_outputs:
+            if model.training:
+                raise ValueError(
+                    "VcoreTrainer: compute_loss has no outputs to return in training, where no "
+                    "logits are formed. Call it with return_outputs=False, or put the model into "
+                    "eval mode."
+                )
             return super().compute_loss(model, model_inputs(inputs), True, num_items_in_batch)
         unwrapped = self._unwrapped(model)
         labels = supervised_labels(inputs)
@@ -345,8 +376,7 @@ class VcoreTrainer(Trainer):
         if self._reference is None:
             raise ValueError(
                 "VcoreTrainer: the reference of method='iw_sft' is taken when training begins; "
-                "compute_loss "
-                "has none before."
+                "compute_loss has none before."
             )
         tokens = SupervisedTokens.of([inputs])
         return iw_sft_loss(
@@ -462,6 +492,8 @@ class VcoreTrainer(Trainer):
         index = segments(inputs).flatten()
         sums = torch.zeros(int(index[-1]) + 1, 2, dtype=torch.float64, device=nll.device)
         sums.index_add_(0, index, torch.stack([nll.flatten().where(mask, 0), mask], -1).double())
+        # Without accelerate's even_batches the last batches of processes differ in size.
+        sums = self.accelerator.pad_across_processes(sums)
         self._evaluated += self.gather_function(sums).sum(0).cpu()
         if prediction_loss_only:
             return nll.sum() / mask.sum().clamp(min=1), None, None
@@ -502,12 +534,8 @@ class VcoreTrainer(Trainer):
                     self.state.best_model_checkpoint = str(final)
                     if self.args.should_save:
                         self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            logger.error(
-                "%s could not be written (%s). Nothing of it stays; earlier ones are whole.",
-                final,
-                error,
-            )
+        except (OSError, RuntimeError, SafetensorError):
+            logger.error("Nothing of %s stays; earlier checkpoints are whole.", final)
             raise
         finally:
             self._staging = None
@@ -546,10 +574,11 @@ class VcoreTrainer(Trainer):
         tensors, values = loaded
         self.metrics.totals.update(values.pop("totals"))
         self._schedule.load_state(tensors, values, self.args.device)
-        if self._sampler is not None:
-            self._sampler.load_state(under_prefix("sampler", tensors))
-        if reference := under_prefix("reference", tensors):
+        if self._sampler is not None and (sampler := under_prefix("sampler", tensors)):
+            self._sampler.load_state(sampler)
+        if self.args.method == "iw_sft" and (reference := under_prefix("reference", tensors)):
             self._reference = ReferenceLogp(**reference)
+            self._reference.check(cast(Examples, self.train_dataset))
 
     def _state_suffix(self) -> str:
         return f"_{self.args.process_index}" if self.args.world_size > 1 else ""

@@ -15,14 +15,12 @@ from vcore_train.supervised import SupervisedTokens
 class StepWeights:
     """The weights of an optimizer step and what to log of them."""
 
-    weights: list[
-        Tensor
-    ]  # of each micro-batch, like its labels: alpha * q * n, 0 where not supervised
+    # Of each micro-batch, like its labels: alpha * q * n, 0 where not supervised.
+    weights: list[Tensor]
     means: dict[str, Tensor]  # 0-dim figures
     saturated: Tensor  # trajectories whose KL budget could not be reached
-    finite: (
-        Tensor  # 0-dim bool: False if a utility is NaN or infinite; the weights are of no use then
-    )
+    # 0-dim bool: False if a utility is NaN or infinite; the weights are of no use then.
+    finite: Tensor
 
 
 def weigh(

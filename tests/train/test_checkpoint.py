@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vcore_train.checkpoint import load_state, save_state, staged_folder
+from vcore_train.checkpoint import load_state, recover, save_state, staged_folder
 
 
 def test_staged_folder_replaces_and_restores(tmp_path):
@@ -74,3 +74,16 @@ def test_state_comes_back_in_its_order(tmp_path):
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     assert values == {"step": 3}
     assert load_state(tmp_path, "") is None
+
+
+def test_recover_cleans_and_restores(tmp_path):
+    recover(tmp_path)
+    left = tmp_path / ".incomplete"
+    for name in ("checkpoint-2", "checkpoint-2.retired", "checkpoint-3.retired"):
+        (left / name).mkdir(parents=True)
+        (left / name / "a").write_text(name)
+    (tmp_path / "checkpoint-3").mkdir()
+    recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert (tmp_path / "checkpoint-2" / "a").read_text() == "checkpoint-2.retired"
+    assert not list((tmp_path / "checkpoint-3").iterdir())

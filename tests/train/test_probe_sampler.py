@@ -15,3 +15,9 @@ def test_probe_sampler_resumes(replacement):
         assert sorted([number for batch in [*drawn, *after] for number in batch][:10]) == list(
             range(10)
         )
+
+
+def test_a_sampler_of_another_dataset_does_not_resume():
+    state = ProbeSampler(10, replacement=False, seed=3).state()
+    with pytest.raises(ValueError, match=r"from 10 examples, and the training set has 8"):
+        ProbeSampler(8, replacement=False, seed=3).load_state(state)

@@ -176,3 +176,41 @@ def test_best_checkpoint_is_found_under_its_final_name(tmp_path):
     assert best.is_dir()
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(best)
+
+
+@pytest.mark.parametrize("max_steps", [3, 2])
+def test_a_finished_run_is_not_trained_on(tmp_path, max_steps):
+    options = {**RUN, "gradient_accumulation_steps": 1, "rows": example_rows(8)}  # 4 steps an epoch
+    first = make_trainer(tmp_path, **{**options, "max_steps": 3, "save_steps": 3})
+    first.train()
+    second = make_trainer(tmp_path, model=qwen3(seed=5), **{**options, "max_steps": max_steps})
+    output = second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert output.global_step == second.state.global_step == 3
+    assert_bitwise(parameters(first), parameters(second))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"probe_replacement": False}, r"from 18 examples, and the training set has 10"),
+        ({"method": "iw_sft"}, r"reference of 18 examples, and the training set has 10"),
+    ],
+    ids=str,
+)
+def test_a_run_does_not_resume_with_other_data(tmp_path, options, message):
+    options = {**RUN, "max_steps": 3, "save_steps": 2, **options}
+    make_trainer(tmp_path, rows=example_rows(18), **options).train()
+    second = make_trainer(tmp_path, rows=example_rows(10), **options)
+    with pytest.raises(ValueError, match=message):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_a_killed_process_left_is_cleaned_up(tmp_path):
+    options = {**RUN, "max_steps": 3, "save_steps": 2, "method": "sft"}
+    make_trainer(tmp_path, callbacks=[StopAt(2)], **options).train()
+    (tmp_path / ".incomplete" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "checkpoint-2").rename(tmp_path / ".incomplete" / "checkpoint-2.retired")
+    second = make_trainer(tmp_path, **{**options, "save_strategy": "no"})
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

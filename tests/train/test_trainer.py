@@ -1,10 +1,12 @@
+import math
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import with_lora
 from training import example_rows, logged, make_trainer, parameters, qwen3, train
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from vcore_train import VcoreConfig, VcoreTrainer
 from vcore_train.collators import PaddingCollator
 
@@ -451,3 +453,55 @@ def test_iterable_datasets(tmp_path):
         make_trainer(tmp_path, rows=Stream())
     with pytest.raises(ValueError, match=r"method='iw_sft' .* iterable"):
         make_trainer(tmp_path, rows=Stream(), method="iw_sft")
+
+
+def test_training_returns_no_outputs(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = PaddingCollator()(example_rows(2))
+    with pytest.raises(ValueError, match="no outputs to return in training"):
+        trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    loss, outputs = trainer.compute_loss(trainer.model.eval(), batch, return_outputs=True)
+    assert outputs.logits.shape[:2] == batch["labels"].shape
+    assert loss.isfinite()
+
+
+def test_an_empty_training_set(tmp_path):
+    with pytest.raises(ValueError, match="dataset: no examples"):
+        make_trainer(tmp_path, rows=[])
+
+
+def test_probing_is_a_share_of_the_steps_alone(tmp_path):
+    class Slow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            time.sleep(0.5)
+
+    trainer = train(tmp_path, max_steps=2, callbacks=[Slow()])
+    trained = trainer.metrics
+    trained.add_probing(1.0)
+    trained.add_step(4.0)
+    assert trained.drain()["probe_time_share"] == 0.25
+    assert min(logged(trainer, "probe_time_share")) > 0.1
+
+
+def test_a_loss_that_is_nan_is_logged_as_such(tmp_path):
+    model = qwen3()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(float("nan"))
+    trainer = make_trainer(tmp_path, model=qwen3(), method="sft", max_steps=1)
+    trainer.model.load_state_dict(model.state_dict())
+    trainer.train()
+    assert all(math.isnan(loss) for loss in logged(trainer, "loss"))
+
+
+def test_evaluation_pads_what_processes_gather(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, eval_rows=example_rows(5), per_device_eval_batch_size=4)
+    plain = trainer.evaluate()["eval_loss"]
+    shapes = []
+
+    def padded(sums, dim=0):
+        shapes.append(sums.shape)
+        return torch.cat([sums, sums.new_zeros(4 - len(sums), 2)])
+
+    monkeypatch.setattr(trainer.accelerator, "pad_across_processes", padded)
+    assert trainer.evaluate()["eval_loss"] == plain
+    assert shapes == [(4, 2), (1, 2)]
