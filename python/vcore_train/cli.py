@@ -37,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in given:
             raise
         _fail(str(error) or type(error).__name__)
+    except (LookupError, ArithmeticError, AttributeError) as error:  # no message meant for users
+        if "--debug" in given:
+            raise
+        _fail(f"{type(error).__name__}: {error}. Run vcore --debug ... to see where.")
 
 
 def _fail(message: str, code: int = 1) -> None:

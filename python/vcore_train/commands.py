@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vcore_train.console import console, quiet_other_libraries
+from vcore_train.option_checks import check_numbers, check_train, in_options
 
 app = typer.Typer(
     name="vcore",
@@ -130,21 +131,35 @@ def train(
         ),
     ] = None,
     vocab_size: Annotated[
-        int, option("Entries of a tokenizer trained on the data.", panel=MODEL)
-    ] = 4096,
+        int | None,
+        option("Entries of a tokenizer trained on the data.", default="4096", panel=MODEL),
+    ] = None,
     dtype: Annotated[
-        str,
-        option("Precision of pretrained weights: float32, bfloat16, float16, auto.", panel=MODEL),
-    ] = "float32",
+        str | None,
+        option(
+            "Precision of pretrained weights: float32, bfloat16, float16, auto.",
+            default="float32",
+            panel=MODEL,
+        ),
+    ] = None,
     lora: Annotated[
         bool, option("Train LoRA adapters over --model.", "--lora", panel=MODEL)
     ] = False,
-    lora_rank: Annotated[int, option("Rank of the adapters.", panel=MODEL)] = 8,
-    lora_alpha: Annotated[int, option("Scale of the adapters.", panel=MODEL)] = 16,
-    lora_dropout: Annotated[float, option("Dropout before the adapters.", panel=MODEL)] = 0.0,
+    lora_rank: Annotated[
+        int | None, option("Rank of the adapters.", default="8", panel=MODEL)
+    ] = None,
+    lora_alpha: Annotated[
+        int | None, option("Scale of the adapters.", default="16", panel=MODEL)
+    ] = None,
+    lora_dropout: Annotated[
+        float | None, option("Dropout before the adapters.", default="0", panel=MODEL)
+    ] = None,
     lora_targets: Annotated[
-        str, option("Adapted modules, comma-separated, or all-linear.", panel=MODEL)
-    ] = "all-linear",
+        str | None,
+        option(
+            "Adapted modules, comma-separated, or all-linear.", default="all-linear", panel=MODEL
+        ),
+    ] = None,
     # vcore
     direction: Annotated[
         Direction | None,
@@ -214,7 +229,7 @@ def train(
     ] = None,
     # training
     steps: Annotated[int | None, option("Optimizer steps; instead of --epochs.", panel=RUN)] = None,
-    epochs: Annotated[float, option("Passes over the data.", panel=RUN)] = 1.0,
+    epochs: Annotated[float | None, option("Passes over the data.", default="1", panel=RUN)] = None,
     batch_size: Annotated[int, option("Rows in a micro-batch.", panel=RUN)] = 8,
     accumulation: Annotated[int, option("Micro-batches in an optimizer step.", panel=RUN)] = 1,
     lr: Annotated[
@@ -250,6 +265,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on prompts and responses; see --method for the objective."""
+    check_train(dict(locals()))
     quiet_other_libraries()
     import torch
 
@@ -266,11 +282,6 @@ def train(
         "window": window,
     }
     size = {name: value for name, value in sizes.items() if value is not None}
-    if size and (model or config):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in size)
-        raise ValueError(
-            f"{flags}: the size is given by {'--model' if model else '--config'} already."
-        )
     chosen = {
         "direction": direction,
         "utility_method": utility_method,
@@ -299,7 +310,7 @@ def train(
         "method": method,
         "packing": packing,
         "max_steps": -1 if steps is None else steps,
-        "num_train_epochs": epochs,
+        "num_train_epochs": 1.0 if epochs is None else epochs,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -321,46 +332,44 @@ def train(
         "report_to": "none",
         "disable_tqdm": True,
     }
-    for name, value in (
-        ("--steps", steps),
-        ("--batch-size", batch_size),
-        ("--accumulation", accumulation),
-        ("--save-every", save_every),
-        ("--keep", keep),
-        ("--log-every", log_every),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    summary = run(
-        TrainOptions(
-            data=DataOptions(
-                data=data,
-                eval_data=eval_data,
-                split=split,
-                prompt_field=prompt_field,
-                response_field=response_field,
-                limit=limit,
-                eval_limit=eval_limit,
-                empty_rows=empty_rows,
-                long_rows=long_rows,
-                max_length=max_length,
-            ),
-            model=ModelOptions(
-                model=model,
-                config=config,
-                size=Size(**size),
-                tokenizer=tokenizer,
-                vocab_size=vocab_size,
-                dtype=dtype,
-            ),
-            out=out,
-            arguments=arguments,
-            lora=LoraOptions(lora_rank, lora_alpha, lora_dropout, lora_targets) if lora else None,
-            resume=resume,
-            overwrite=overwrite,
+    adapter = {
+        "rank": lora_rank,
+        "alpha": lora_alpha,
+        "dropout": lora_dropout,
+        "targets": lora_targets,
+    }
+    adapters: dict[str, Any] = {name: v for name, v in adapter.items() if v is not None}
+    options = TrainOptions(
+        data=DataOptions(
+            data=data,
+            eval_data=eval_data,
+            split=split,
+            prompt_field=prompt_field,
+            response_field=response_field,
+            limit=limit,
+            eval_limit=eval_limit,
+            empty_rows=empty_rows,
+            long_rows=long_rows,
+            max_length=max_length,
         ),
-        console,
+        model=ModelOptions(
+            model=model,
+            config=config,
+            size=Size(**size),
+            tokenizer=tokenizer,
+            vocab_size=4096 if vocab_size is None else vocab_size,
+            dtype=dtype or "float32",
+        ),
+        out=out,
+        arguments=arguments,
+        lora=LoraOptions(**adapters) if lora else None,
+        resume=resume,
+        overwrite=overwrite,
     )
+    try:
+        summary = run(options, console)
+    except ValueError as error:
+        raise ValueError(in_options(str(error))) from error
     if summary.interrupted:
         raise typer.Exit(130)
 
@@ -377,6 +386,7 @@ def demo(
     ] = False,
 ) -> None:
     """Train a small model on arithmetic with SFT, DFT, iw-SFT and VCORE, and compare them."""
+    check_numbers(dict(locals()))
     quiet_other_libraries()
     from vcore_train.demo import FULL, QUICK, run_demo
 
@@ -405,6 +415,7 @@ def show_weights(
     seed: Annotated[int, option("Of the choice of probe rows.")] = 0,
 ) -> None:
     """Colour the tokens of one response by the weight that VCORE gives them."""
+    check_numbers(dict(locals()))
     quiet_other_libraries()
     from vcore_train.show_weights import show
 

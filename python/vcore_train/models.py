@@ -34,18 +34,14 @@ class Size:
         """Raises ValueError where the heads do not divide the width, or are not groups."""
         kv_heads = self.kv_heads or max(1, self.heads // 2)
         if self.layers < 1 or self.heads < 1 or self.hidden < 2 or self.window < 2:
-            raise ValueError(
-                f"model size: layers, heads, hidden and window must be positive: {self}"
-            )
+            raise ValueError("--layers and --heads must be at least 1, --hidden and --window 2.")
         if self.hidden % (2 * self.heads):
             raise ValueError(
-                f"model size: --hidden {self.hidden} is not an even multiple of --heads "
+                f"--hidden {self.hidden} is not an even multiple of --heads "
                 f"{self.heads}: rotary embeddings need heads of an even width."
             )
         if self.heads % kv_heads:
-            raise ValueError(
-                f"model size: --heads {self.heads} is not a multiple of --kv-heads {kv_heads}."
-            )
+            raise ValueError(f"--heads {self.heads} is not a multiple of --kv-heads {kv_heads}.")
         return Qwen3Config(
             hidden_size=self.hidden,
             intermediate_size=self.intermediate or 3 * self.hidden,

@@ -140,12 +140,6 @@ def show(
     console: Console,
 ) -> None:
     """Loads, weighs, prints and writes the page. User mistakes raise ValueError or OSError."""
-    if len(sharpness) > 1:
-        raise ValueError(
-            f"pass at most one of --kl-budget, --tau, --temperature, got {len(sharpness)}."
-        )
-    if probe_rows < 1:
-        raise ValueError(f"--probe-rows must be at least 1, got {probe_rows}.")
     if pair is not None and (pair[0] is None or not pair[1]):
         raise ValueError("pass --prompt and --response together.")
     tokenizer, model = load_tokenizer(checkpoint), _load(checkpoint)

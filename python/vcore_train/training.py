@@ -213,10 +213,6 @@ def _prepare(
     options: TrainOptions, checkpoint: str | None, console: Console
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, Encoded, Encoded | None]:
     wanted, data = options.model, options.data
-    if wanted.model and wanted.config:
-        raise ValueError("pass --model or --config, not both.")
-    if options.lora is not None and not wanted.model:
-        raise ValueError("--lora adapts a pretrained model: pass --model.")
     with console.status("Reading data"):
         examples, empty = read_examples(
             data.data,

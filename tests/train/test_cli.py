@@ -6,12 +6,13 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vcore_train import run_log
+from vcore_train import commands, config, models, run_log
 from vcore_train.arithmetic import generate_problems
 from vcore_train.cli import main
 from vcore_train.commands import train
@@ -89,7 +90,7 @@ def test_every_option_of_the_configuration_is_an_option_of_train():
 @pytest.mark.parametrize("method", ["sft", "random", "dft", "iw_sft"])
 def test_every_method_trains(problems, tmp_path, capsys, method):
     out = tmp_path / "out"
-    options = ["--iw-clip", "0.5", "2", "--iw-temp", "0.5", *QUICK]
+    options = [*(["--iw-clip", "0.5", "2", "--iw-temp", "0.5"] * (method == "iw_sft")), *QUICK]
     assert vcore("train", problems, "--method", method, "--out", out, "--steps", 2, *options) == 0
     assert "training loss" in capsys.readouterr().out
     assert {row["method"] for row in read_metrics(out / "metrics.jsonl")} == {method}
@@ -188,9 +189,9 @@ def test_gsm8k(tmp_path):
     ("options", "message"),
     [
         (["--tau", "1", "--kl-budget", "0.1"], "at most one of"),
-        (["--kl-budget", "-1"], "kl_budget must be"),
+        (["--kl-budget", "-1"], "--kl-budget must be at least 0"),
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--epsilon", "0", "--utility-method", "central"], "epsilon must be"),
+        (["--epsilon", "0", "--utility-method", "central"], "--epsilon must be above 0"),
         (["--prompt-field", "nope"], "row 1: the prompt field 'nope' is missing"),
         (["--max-length", "20"], "row 1: the trajectory has"),
         (["--max-length", "2000"], "more than the model's window, 256"),
@@ -198,7 +199,30 @@ def test_gsm8k(tmp_path):
         (["--lora"], "pass --model"),
         (["--config", "none.json"], "none.json"),
         (["--resume"], "no checkpoint-* folder"),
-        (["--vocab-size", "10"], "vocab_size must be at least"),
+        (["--dtype", "bfloat16"], "--dtype means nothing without --model"),
+        (["--lora-rank", "2", "--lora-alpha", "4"], "--lora-rank, --lora-alpha mean nothing"),
+        (["--method", "sft", "--kl-budget", "0.1"], "--kl-budget means nothing without --method"),
+        (["--method", "dft", "--tau", "1"], "--tau means nothing without --method vcore"),
+        (["--iw-temp", "2"], "--iw-temp means nothing without --method iw_sft"),
+        (["--method", "sft", "--no-probe-replacement"], "--probe-replacement means nothing"),
+        (["--random-keep", "0.5"], "--random-keep means nothing without --method random"),
+        (["--ema-decay", "0.5"], "--ema-decay means nothing without --direction ema"),
+        (["--epsilon", "0.1"], "--epsilon means nothing without --utility-method"),
+        (["--tau", "1", "--kl-scope", "batch"], "--kl-scope beside --tau"),
+        (["--steps", "2", "--epochs", "1"], "--epochs beside --steps"),
+        (["--eval-limit", "0"], "--eval-limit must be at least 1, got 0"),
+        (["--eval-limit", "1"], "--eval-limit means nothing without --eval-data"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm must be at least 0"),
+        (["--lr", "nan"], "--lr must be above 0, got nan"),
+        (["--seed", "-1"], "--seed must be at least 0 and at most 4294967295, got -1"),
+        (["--layers", "0"], "--layers must be at least 1, got 0"),
+        (["--direction", "adam", "--optim", "sgd"], "--direction"),
+        (
+            ["--variance-control", "trajectory", "--batch-size", "1"],
+            "and --batch-size * --accumulation is 1",
+        ),
+        (["--vocab-size", "10"], "vcore: --vocab-size must be at least"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_1(problems, tmp_path, capsys, options, message):
@@ -208,8 +232,41 @@ def test_mistakes_get_one_line_and_exit_code_1(problems, tmp_path, capsys, optio
     error = capsys.readouterr().err
     assert error.startswith("vcore: ")
     assert message in error
+    assert "Vcore" not in error
+    assert "Size(" not in error
     assert error.count("\n") == 1
     assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("choices", "allowed"),
+    [
+        (commands.Method, config.METHODS),
+        (commands.Direction, config.DIRECTIONS),
+        (commands.UtilityMethod, config.UTILITY_METHODS),
+        (commands.VarianceControl, config.VARIANCE_CONTROLS),
+        (commands.KlScope, config.KL_SCOPES),
+        (commands.IwLevel, config.IW_LEVELS),
+    ],
+)
+def test_the_choices_of_an_option_are_those_of_the_configuration(choices, allowed):
+    assert get_args(choices) == allowed
+
+
+@pytest.mark.parametrize("error", [KeyError("nope"), IndexError("out"), ZeroDivisionError("by 0")])
+def test_unforeseen_errors_are_one_line_without_debug(
+    problems, tmp_path, capsys, monkeypatch, error
+):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(models.Size, "config", fail)
+    assert vcore("train", problems, "--out", tmp_path / "out", *QUICK) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"vcore: {type(error).__name__}")
+    assert message.count("\n") == 1
+    with pytest.raises(type(error)):
+        main(["--debug", "train", problems, "--out", str(tmp_path / "out"), *QUICK])
 
 
 def test_more_mistakes(tmp_path, capsys):
@@ -221,7 +278,7 @@ def test_more_mistakes(tmp_path, capsys):
     assert "row 1: the response (field 'answer') is empty" in capsys.readouterr().err
     assert vcore("train", broken, "--method", "magic") == 2
     assert vcore("train", broken, "--model", tmp_path, "--layers", 3) == 1
-    assert "--layers: the size is given by --model" in capsys.readouterr().err
+    assert "--layers beside --model: the size is given by --model" in capsys.readouterr().err
     broken.write_text('{"question": "q", "answer": "a"}\n')
     assert vcore("train", broken, "--model", tmp_path, "--out", tmp_path / "out") == 1
     assert "it holds no config.json" in capsys.readouterr().err
