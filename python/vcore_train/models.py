@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
+from transformers.utils import is_flash_attn_2_available
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,15 +95,40 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str, *, dtype: str = "float32") -> PreTrainedModel:
-    """A checkpoint by path or name, its weights in ``dtype`` (``"auto"``: as they were saved)."""
+def load_model(
+    name: str, *, dtype: str = "float32", bf16: bool = False, cpu: bool = False
+) -> PreTrainedModel:
+    """A checkpoint by path or name, its weights in ``dtype`` (``"auto"``: as they were saved).
+
+    ``bf16``: it will run under bfloat16 autocast. ``cpu``: it will not run on a GPU. With both see
+    :func:`fused_attention`.
+    """
     _check_place(name)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}.")
+    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, dtype)}
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, dtype))
+        if not cpu and fused_attention(name, dtype=dtype, bf16=bf16):
+            options["attn_implementation"] = "flash_attention_2"
+        return AutoModelForCausalLM.from_pretrained(name, **options)
     except OSError as error:
         raise FileNotFoundError(f"{name}: no model there ({_first_line(error)})") from error
+    except SafetensorError as error:
+        raise ValueError(f"{name}: the weights are not readable ({error}).") from error
+
+
+def fused_attention(name: str, *, dtype: str, bf16: bool) -> bool:
+    """Whether flash-attn serves this checkpoint: installed, on a GPU, in 16 bits, by its model."""
+    if not (torch.cuda.is_available() and is_flash_attn_2_available()):
+        return False
+    if not (Path(name) / "config.json").exists() and Path(name).exists():
+        return False  # an adapter, whose model is known only once it is loaded
+    config = AutoConfig.from_pretrained(name)
+    stored = text_config(config).dtype if dtype == "auto" else DTYPES[dtype]
+    if not bf16 and stored not in (torch.bfloat16, torch.float16):
+        return False
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(kind, "_supports_flash_attn", False))
 
 
 def _check_place(name: str) -> None:

@@ -235,7 +235,12 @@ def _prepare(
             )
             tokenizer = train_tokenizer(texts, vocab_size=wanted.vocab_size, window=window)
         if wanted.model:
-            model = load_model(wanted.model, dtype=wanted.dtype)
+            model = load_model(
+                wanted.model,
+                dtype=wanted.dtype,
+                bf16=bool(options.arguments.get("bf16")),
+                cpu=bool(options.arguments.get("use_cpu")),
+            )
             embedded = text_config(model).vocab_size
             if len(tokenizer) > embedded:
                 raise ValueError(
