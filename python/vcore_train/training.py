@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
+from vcore_train.checkpoint import recover
 from vcore_train.config import VcoreConfig
 from vcore_train.data import Encoded, encode, plain_text, read_examples
 from vcore_train.interrupt import StopAtInterrupt
@@ -171,6 +172,7 @@ def _checkpoint(options: TrainOptions) -> str | None:
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run, --overwrite replaces it: pass one of them.")
     if options.resume:
+        recover(options.out)
         last = last_checkpoint(options.out)
         if last is None:
             raise ValueError(f"--resume: no checkpoint-* folder in {options.out}.")

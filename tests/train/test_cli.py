@@ -360,7 +360,9 @@ def test_resuming_a_finished_run_trains_nothing(problems, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
-    # Killed after its last checkpoint: model and summary are made from it.
+    # Killed while its last checkpoint was replaced: model and summary are made from it.
+    (out / ".incomplete").mkdir()
+    (out / "checkpoint-3").rename(out / ".incomplete" / "checkpoint-3.retired")
     (out / "summary.json").unlink()
     (out / "model.safetensors").unlink()
     assert vcore(*command, "--resume", "--seed", 1) == 0
