@@ -35,7 +35,7 @@ def two_points(
     rows = head_rows(op, hidden, weight, target, bias, options, shift, debug)
     if second.bias is not None and bias is None:
         raise ValueError(f"{op}: bias_{second.suffix} was given without bias. Pass bias as well.")
-    beside = []
+    beside: list[Tensor | None] = []
     for name, value, given, like in (
         ("hidden", second.hidden, hidden, rows.hidden),
         ("weight", second.weight, weight, rows.weight),
