@@ -19,8 +19,8 @@ Batch = dict[str, "Tensor | int"]
 class PaddingCollator:
     """Rows padded on the right: ``input_ids``, ``labels``, ``attention_mask`` [B, T].
 
-    Labels are -100 in the padding. Also ``example_index`` [B] and, where rows have one,
-    ``answer_mask`` [B, T].
+    Labels are -100 in the padding, and absent where rows have none. Also ``example_index`` [B] and,
+    where rows have one, ``answer_mask`` [B, T].
 
     Args:
         pad_token_id: fills ``input_ids``; any valid token, since nothing attends to it.
@@ -39,11 +39,12 @@ class PaddingCollator:
 
         batch: Batch = {
             "input_ids": padded("input_ids", self.pad_token_id),
-            "labels": padded("labels", IGNORE_INDEX),
             "attention_mask": torch.tensor(
                 [[int(t < len(row["input_ids"])) for t in range(width)] for row in rows]
             ),
         }
+        if "labels" in rows[0]:
+            batch["labels"] = padded("labels", IGNORE_INDEX)
         return _with_trainer_keys(
             batch, rows, padded("answer_mask", 0) if "answer_mask" in rows[0] else None
         )

@@ -1,6 +1,7 @@
 """The trajectories of a dataset as the trainer reads them: checked, cut to length, numbered."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
@@ -25,23 +26,36 @@ class Examples(Dataset):
         rows: the dataset.
         max_length: rows are cut to this many tokens; None cuts nothing.
         window: tokens that the model can take; None if it has no limit.
+        vocabulary: tokens that the model knows; None checks no upper bound.
+        every: keep rows without a supervised token too, as a prediction must. Labels may then be
+            missing, from all rows or from none.
 
     Raises:
-        ValueError: a row lacks a column, its columns differ in length, or it is longer than the
-            window, with the row's number; or no row is left.
+        TypeError, ValueError: a row is no mapping, lacks a column, its columns differ in length or
+            hold anything but token ids below ``vocabulary``, or it is longer than the window, with
+            the row's number; or no row is left.
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, Any]], max_length: int | None, window: int | None
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        max_length: int | None,
+        window: int | None,
+        vocabulary: int | None = None,
+        *,
+        every: bool = False,
     ):
         if not len(rows):
             raise ValueError("dataset: no examples. The trainer needs at least one.")
         self.rows, self.max_length = rows, max_length
         self.numbers: list[int] = []
         self.lengths: list[int] = []
+        labelled = not every or has_labels(rows[0])
         for number in range(len(rows)):
-            row = checked_row(rows[number], number, max_length, window)
-            if is_supervised(row):
+            row = checked_row(
+                rows[number], number, max_length, window, vocabulary, labelled=labelled
+            )
+            if every or is_supervised(row):
                 self.numbers.append(number)
                 self.lengths.append(len(row["input_ids"]))
         self.skipped = len(rows) - len(self.numbers)
@@ -63,21 +77,37 @@ class Examples(Dataset):
 class ExampleStream(IterableDataset):
     """The same over an iterable dataset, checked as it is read; ``skipped`` counts so far."""
 
-    def __init__(self, rows: IterableDataset, max_length: int | None, window: int | None):
-        self.rows, self.max_length, self.window = rows, max_length, window
+    def __init__(
+        self,
+        rows: IterableDataset,
+        max_length: int | None,
+        window: int | None,
+        vocabulary: int | None = None,
+        *,
+        every: bool = False,
+    ):
+        self.rows, self.limits, self.every = rows, (max_length, window, vocabulary), every
         self.skipped = 0
 
     def __iter__(self) -> Iterator[Row]:
+        labelled = True
         for number, row in enumerate(self.rows):
-            checked = checked_row(row, number, self.max_length, self.window)
-            if is_supervised(checked):
+            if number == 0:
+                labelled = not self.every or has_labels(row)
+            checked = checked_row(row, number, *self.limits, labelled=labelled)
+            if self.every or is_supervised(checked):
                 yield {**checked, NUMBER: number}
             else:
                 self.skipped += 1
 
 
 def numbered_examples(
-    rows: Any, max_length: int | None, window: int | None
+    rows: Any,
+    max_length: int | None,
+    window: int | None,
+    vocabulary: int | None = None,
+    *,
+    every: bool = False,
 ) -> Examples | ExampleStream:
     """``rows`` as :class:`Examples`, or :class:`ExampleStream` where it has no length."""
     if isinstance(rows, Examples | ExampleStream):
@@ -87,9 +117,8 @@ def numbered_examples(
             f"VcoreTrainer: max_length={max_length} is more than the model's window of {window} "
             f"tokens. Pass max_length={window} or less."
         )
-    if hasattr(rows, "__getitem__") and hasattr(rows, "__len__"):
-        return Examples(rows, max_length, window)
-    return ExampleStream(rows, max_length, window)
+    kind = Examples if hasattr(rows, "__getitem__") and hasattr(rows, "__len__") else ExampleStream
+    return kind(rows, max_length, window, vocabulary, every=every)
 
 
 def token_columns(row: Mapping[str, Any], max_length: int | None) -> Row:
@@ -103,16 +132,33 @@ def token_columns(row: Mapping[str, Any], max_length: int | None) -> Row:
 
 
 def checked_row(
-    row: Mapping[str, Any], number: int, max_length: int | None, window: int | None
+    row: Mapping[str, Any],
+    number: int,
+    max_length: int | None,
+    window: int | None,
+    vocabulary: int | None,
+    *,
+    labelled: bool,
 ) -> Row:
-    """:func:`token_columns` of a row, or ValueError with its number."""
-    for name in ("input_ids", "labels"):
+    """:func:`token_columns` of a row, or an error with its number."""
+    if not isinstance(row, Mapping):
+        raise TypeError(
+            f"dataset: example {number} is a {type(row).__name__}. The trainer takes tokenised "
+            "rows: mappings with input_ids and labels."
+        )
+    for name in ("input_ids", "labels") if labelled else ("input_ids",):
         if row.get(name) is None:
             raise ValueError(
-                f"dataset: example {number} has no {name!r}, only {', '.join(row)}. The trainer "
-                "takes tokenised rows with input_ids and labels."
+                f"dataset: example {number} has no {name!r}, only {', '.join(map(str, row))}. The "
+                "trainer takes tokenised rows with input_ids and labels."
             )
-    lengths = {name: len(row[name]) for name in TOKEN_COLUMNS if row.get(name) is not None}
+    if has_labels(row) and not labelled:
+        raise ValueError(
+            f"dataset: example {number} has labels, and the first has none. A prediction takes "
+            "them from all examples or from none."
+        )
+    given = [name for name in TOKEN_COLUMNS if row.get(name) is not None]
+    lengths = {name: _length(row[name], name, number) for name in given}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"dataset: the columns of example {number} differ in length: {lengths}.")
     columns = token_columns(row, max_length)
@@ -122,12 +168,43 @@ def checked_row(
             f"dataset: example {number} has {length} tokens, more than the model's window of "
             f"{window}. Set max_length={window} to cut it, or leave it out."
         )
+    for name in ("input_ids", "labels") if labelled else ("input_ids",):
+        _check_tokens(columns[name], name, number, vocabulary)
     return columns
+
+
+def has_labels(row: Any) -> bool:
+    """Whether a row, which may be no mapping, comes with labels."""
+    return isinstance(row, Mapping) and row.get("labels") is not None
 
 
 def is_supervised(row: Row) -> bool:
     """Whether some token after the first is supervised (nothing predicts the first)."""
     return any(label != IGNORE_INDEX for label in row["labels"][1:])
+
+
+def _check_tokens(values: list[Any], name: str, number: int, vocabulary: int | None) -> None:
+    allowed = "whole numbers of at least 0"
+    if vocabulary is not None:
+        allowed += f" and below the model's vocabulary of {vocabulary}"
+    if name == "labels":
+        allowed += f", or {IGNORE_INDEX}"
+    for value in set(values) if all(type(value) is int for value in values) else values:
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        known = whole and value >= 0 and (vocabulary is None or value < vocabulary)
+        if not known and not (whole and name == "labels" and value == IGNORE_INDEX):
+            raise ValueError(
+                f"dataset: {name} of example {number} must be {allowed}, got {value!r}."
+            )
+
+
+def _length(values: Any, name: str, number: int) -> int:
+    try:
+        return len(values)
+    except TypeError:  # a number, or a tensor of no dimension
+        raise ValueError(
+            f"dataset: {name} of example {number} must be a list of whole numbers, got {values!r}."
+        ) from None
 
 
 def _as_list(values: Any) -> list[int]:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +66,8 @@ class VcoreTrainer(Trainer):
     Datasets hold tokenised rows: ``input_ids`` and ``labels`` (-100 for the prompt), optionally
     ``attention_mask`` and ``answer_mask`` (tokens that ``method="random"`` always keeps). Rows are
     read once at construction; those without a supervised token are left out and counted in the log.
+    Evaluation with ``compute_metrics`` and ``predict`` keep every row, pad it even with
+    ``packing``, and ``predict`` takes rows without ``labels`` too.
     A PEFT model's trainable parameters are its adapters, and so are the probed ones.
 
     Logged besides transformers' own figures: ``nll`` (mean over supervised tokens, unweighted),
@@ -132,18 +135,23 @@ class VcoreTrainer(Trainer):
 
         config = causal_lm(self._unwrapped()).config.get_text_config()
         self._window = getattr(config, "max_position_embeddings", None)
+        self._vocabulary = getattr(config, "vocab_size", None)
+        self._padding = PaddingCollator(getattr(processing_class, "pad_token_id", None) or 0)
         if data_collator is None:
-            pad = getattr(processing_class, "pad_token_id", None)
-            self.data_collator = PackingCollator() if args.packing else PaddingCollator(pad or 0)
+            self.data_collator = PackingCollator() if args.packing else self._padding
         if train_dataset is not None:
             self.train_dataset = self._examples(train_dataset, "training")
         if isinstance(eval_dataset, dict):
             self.eval_dataset = {
-                name: self._examples(dataset, f"evaluation set {name!r}")
+                name: self._examples(
+                    dataset, f"evaluation set {name!r}", every=self._metrics_wanted
+                )
                 for name, dataset in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            self.eval_dataset = self._examples(eval_dataset, "evaluation")
+            self.eval_dataset = self._examples(
+                eval_dataset, "evaluation", every=self._metrics_wanted
+            )
         self._check_needs_index()
 
         self.metrics = Metrics()
@@ -193,8 +201,12 @@ class VcoreTrainer(Trainer):
         model = self.model if model is None else model
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
-    def _examples(self, dataset: Any, what: str) -> Examples | ExampleStream:
-        examples = numbered_examples(dataset, self.args.max_length, self._window)
+    def _examples(
+        self, dataset: Any, what: str, *, every: bool = False
+    ) -> Examples | ExampleStream:
+        examples = numbered_examples(
+            dataset, self.args.max_length, self._window, self._vocabulary, every=every
+        )
         if examples.skipped:
             logger.warning(
                 "%d examples of the %s data have no supervised token and are left out",
@@ -243,11 +255,28 @@ class VcoreTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            eval_dataset = self._examples(eval_dataset, "evaluation")
-        return super().get_eval_dataloader(eval_dataset)
+            eval_dataset = self._examples(eval_dataset, "evaluation", every=self._metrics_wanted)
+        with self._one_row_each() if self._metrics_wanted else nullcontext():
+            return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
-        return super().get_test_dataloader(self._examples(test_dataset, "test"))
+        with self._one_row_each():
+            return super().get_test_dataloader(self._examples(test_dataset, "test", every=True))
+
+    @property
+    def _metrics_wanted(self) -> bool:
+        return self.compute_metrics is not None and not self.args.prediction_loss_only
+
+    @contextmanager
+    def _one_row_each(self) -> Iterator[None]:
+        """Data loaders made inside pad where they would pack: row i of the logits is example i."""
+        collator = self.data_collator
+        if isinstance(collator, PackingCollator):
+            self.data_collator = self._padding
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     # ---- training ----
 
@@ -482,6 +511,10 @@ class VcoreTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         inputs = self._prepare_inputs(inputs)
+        if inputs.get("labels") is None:
+            return super().prediction_step(
+                model, model_inputs(inputs), prediction_loss_only, ignore_keys
+            )
         unwrapped = self._unwrapped(model)
         with torch.no_grad(), self.compute_loss_context_manager():
             nll = call_inside_forward(

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from training import example_rows
@@ -78,3 +79,45 @@ def test_a_stream_is_checked_as_it_is_read():
     with pytest.raises(ValueError, match=r"example 3 has 70 tokens"):
         next(rows)
     assert examples.skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "message"),
+    [
+        ([4, 5, 6], TypeError, r"example 2 is a list"),
+        ({"input_ids": 4, "labels": 4}, ValueError, r"input_ids of example 2 must be a list"),
+        ({"input_ids": "abc", "labels": [4] * 3}, ValueError, r"input_ids of example 2 .*'a'"),
+        ({"input_ids": [4, 5.5], "labels": [4, 5]}, ValueError, r"example 2 .* got 5\.5"),
+        ({"input_ids": [[4, 5]], "labels": [[4, 5]]}, ValueError, r"example 2 .* got \[4, 5\]"),
+        ({"input_ids": [4, 61], "labels": [4, 5]}, ValueError, r"input_ids of .* of 61, got 61"),
+        ({"input_ids": [4, -1], "labels": [4, 5]}, ValueError, r"input_ids of .* got -1"),
+        ({"input_ids": [4, 5], "labels": [4, 99]}, ValueError, r"labels of example 2 .* got 99"),
+        ({"input_ids": [4, 5], "labels": [4, -1]}, ValueError, r"labels of example 2 .* got -1"),
+        ({"input_ids": [4, 5], "labels": [4, None]}, ValueError, r"labels of .* got None"),
+    ],
+    ids=str,
+)
+def test_bad_rows_are_named(row, error, message):
+    with pytest.raises(error, match=message):
+        numbered_examples([*example_rows(2), row], None, None, 61)
+
+
+def test_whole_numbers_of_any_library():
+    rows = [
+        {"input_ids": np.array([4, 5]), "labels": torch.tensor([-100, 5])},
+        {"input_ids": [np.int64(4), np.int32(5)], "labels": (np.int64(-100), 5)},
+    ]
+    for row in numbered_examples(rows, None, None, 61):
+        assert row["input_ids"] == [4, 5]
+        assert row["labels"] == [-100, 5]
+
+
+def test_every_row_of_a_prediction_is_kept():
+    unlabelled = [{"input_ids": [4, 5]}, {"input_ids": [6]}]
+    assert len(numbered_examples(unlabelled, None, None, every=True)) == 2
+    unsupervised = [*example_rows(1), {"input_ids": [4, 5], "labels": [-100, -100]}]
+    assert numbered_examples(unsupervised, None, None, every=True).skipped == 0
+    with pytest.raises(ValueError, match=r"example 1 has no 'labels'"):
+        numbered_examples([*example_rows(1), *unlabelled], None, None, every=True)
+    with pytest.raises(ValueError, match=r"example 2 has labels, and the first has none"):
+        numbered_examples([*unlabelled, *example_rows(1)], None, None, every=True)

@@ -505,3 +505,42 @@ def test_evaluation_pads_what_processes_gather(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.accelerator, "pad_across_processes", padded)
     assert trainer.evaluate()["eval_loss"] == plain
     assert shapes == [(4, 2), (1, 2)]
+
+
+def test_rows_outside_the_vocabulary(tmp_path):
+    with pytest.raises(ValueError, match=r"input_ids of example 16 .* vocabulary of 61, got 61"):
+        make_trainer(tmp_path, rows=[*example_rows(16), {"input_ids": [61, 4], "labels": [4, 4]}])
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_prediction_keeps_every_row_in_its_place(tmp_path, packing, labelled):
+    trainer = make_trainer(tmp_path, packing=packing, per_device_eval_batch_size=2)
+    rows = example_rows(5, seed=4)
+    rows[3]["labels"] = [-100] * len(rows[3]["labels"])
+    if not labelled:
+        rows = [{"input_ids": row["input_ids"]} for row in rows]
+    output = trainer.predict(rows)
+    assert len(output.predictions) == 5
+    assert (output.label_ids is not None) == ("test_loss" in output.metrics) == labelled
+    for row, logits in zip(rows, output.predictions, strict=True):
+        with torch.no_grad():
+            alone = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+        torch.testing.assert_close(torch.tensor(logits[: len(alone)]), alone, atol=1e-5, rtol=1e-4)
+    if labelled:
+        assert (output.label_ids[3] == -100).all()
+        assert math.isfinite(output.metrics["test_loss"])
+
+
+def test_evaluation_with_metrics_keeps_every_row(tmp_path):
+    rows = example_rows(4, seed=4)
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    config = make_trainer(tmp_path, packing=True).args
+    trainer = VcoreTrainer(
+        qwen3(),
+        config,
+        eval_dataset=rows,
+        compute_metrics=lambda prediction: {"rows": len(prediction.label_ids)},
+    )
+    assert trainer.evaluate()["eval_rows"] == 4
+    assert trainer.evaluate(rows[:2])["eval_rows"] == 2
