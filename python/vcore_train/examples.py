@@ -184,12 +184,16 @@ def is_supervised(row: Row) -> bool:
 
 
 def _check_tokens(values: list[Any], name: str, number: int, vocabulary: int | None) -> None:
+    if set(map(type, values)) <= {int}:  # the common case, quickly
+        tokens = set(values) - ({IGNORE_INDEX} if name == "labels" else set())
+        if not tokens or (min(tokens) >= 0 and (vocabulary is None or max(tokens) < vocabulary)):
+            return
     allowed = "whole numbers of at least 0"
     if vocabulary is not None:
         allowed += f" and below the model's vocabulary of {vocabulary}"
     if name == "labels":
         allowed += f", or {IGNORE_INDEX}"
-    for value in set(values) if all(type(value) is int for value in values) else values:
+    for value in values:
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         known = whole and value >= 0 and (vocabulary is None or value < vocabulary)
         if not known and not (whole and name == "labels" and value == IGNORE_INDEX):

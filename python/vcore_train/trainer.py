@@ -66,9 +66,9 @@ class VcoreTrainer(Trainer):
     Datasets hold tokenised rows: ``input_ids`` and ``labels`` (-100 for the prompt), optionally
     ``attention_mask`` and ``answer_mask`` (tokens that ``method="random"`` always keeps). Rows are
     read once at construction; those without a supervised token are left out and counted in the log.
-    Evaluation with ``compute_metrics`` and ``predict`` keep every row, pad it even with
-    ``packing``, and ``predict`` takes rows without ``labels`` too.
-    A PEFT model's trainable parameters are its adapters, and so are the probed ones.
+    ``predict``, and evaluation with ``compute_metrics``, keep every row and pad where training
+    packs, so that row i of the logits is example i; rows may then come without ``labels``. A PEFT
+    model's trainable parameters are its adapters, and so are the probed ones.
 
     Logged besides transformers' own figures: ``nll`` (mean over supervised tokens, unweighted),
     ``tau``, ``kl`` (nats) and ``ess`` (means over trajectories), ``alpha``, ``utility_mean``,
@@ -124,8 +124,7 @@ class VcoreTrainer(Trainer):
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
-        # The loss here takes num_items_in_batch whatever the model's own does, and is complete with
-        # it.
+        # Whatever the model's own loss does, the one here takes num_items_in_batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
@@ -281,7 +280,7 @@ class VcoreTrainer(Trainer):
     # ---- training ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self.args.should_save:
+        if self.args.should_save and self.args.output_dir is not None:
             recover(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         return super().train(*args, **kwargs)
@@ -497,8 +496,7 @@ class VcoreTrainer(Trainer):
         return self._prepare_inputs(self.data_collator(rows))
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        # Accelerate puts autocast around the model's forward, which the losses here do not go
-        # through.
+        # Accelerate puts autocast around the model's forward alone; the losses here go past it.
         return self.accelerator.autocast()
 
     # ---- evaluation ----

@@ -15,12 +15,10 @@ from vcore_train.supervised import SupervisedTokens
 class StepWeights:
     """The weights of an optimizer step and what to log of them."""
 
-    # Of each micro-batch, like its labels: alpha * q * n, 0 where not supervised.
-    weights: list[Tensor]
+    weights: list[Tensor]  # like each micro-batch's labels: alpha * q * n, 0 if not supervised
     means: dict[str, Tensor]  # 0-dim figures
     saturated: Tensor  # trajectories whose KL budget could not be reached
-    # 0-dim bool: False if a utility is NaN or infinite; the weights are of no use then.
-    finite: Tensor
+    finite: Tensor  # 0-dim bool: False if a utility is NaN or infinite, and the weights useless
 
 
 def weigh(
