@@ -150,6 +150,8 @@ def run_demo(
     _plot(out, outcomes, logs, data, scale)
     console.print()
     console.print(results_table(outcomes))
+    if scale.size == QUICK.size:
+        console.print("--quick: nothing was learnt, the figures only show that everything runs.")
     for line in reading(outcomes, scale):
         console.print(Padding(line, (0, 0, 0, 2)))
     console.print(
@@ -341,15 +343,20 @@ def reading(outcomes: Sequence[Outcome], scale: Scale) -> list[str]:
     vcore, ratio = by_name["vcore"], by_name["vcore"].step_seconds / sft.step_seconds
     gain = accuracy_difference(vcore, sft)
     lines += [
-        f"So VCORE {'beat' if gain.clear and gain.value > 0 else 'did not beat'} SFT here at equal "
-        f"steps, and one of its steps took {ratio:.1f} times as long: at equal time SFT would take "
-        f"{ratio:.1f} times as many.",
+        f"So VCORE {_ranking(gain)} SFT here at equal steps (exact match), and one of its steps "
+        f"took {ratio:.1f} times as long: at equal time SFT would take {ratio:.1f} times as many.",
         f"One seed, {len(sft.correct)} problems, a {scale.size.layers}-layer model: this shows "
         "that the methods run, not which is best. \u00b1 is the standard error over problems; "
         "another seed moves the figures by more. Held-out loss is what SFT minimises; DFT and "
         "iw-SFT minimise something else.",
     ]
     return lines
+
+
+def _ranking(gain: Difference) -> str:
+    if not gain.clear:
+        return "neither beat nor fell behind"
+    return "beat" if gain.value > 0 else "fell behind"
 
 
 def _verdict(difference: Difference, *, higher_is_better: bool) -> str:

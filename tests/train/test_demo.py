@@ -45,7 +45,14 @@ def test_demo_compares_the_methods_and_writes_everything(tmp_path):
     assert first["dft"] == first["iw_sft"] == pytest.approx(first["sft"], rel=1e-5)
     assert first["vcore"] == pytest.approx(first["sft"], rel=1e-5)
     text = screen.getvalue()
-    for words in ("exact match", "tokens/s", "time / SFT", "VCORE against SFT", "One seed"):
+    for words in (
+        "exact match",
+        "tokens/s",
+        "time / SFT",
+        "VCORE against SFT",
+        "One seed",
+        "--quick:",
+    ):
         assert words in " ".join(text.split())
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == QUICK.held_out
     json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
@@ -81,11 +88,13 @@ def test_reading_says_worse_where_it_is_worse():
     assert "(better)" in lines[0]
     assert lines[1].count("no clear difference") == 2
     assert lines[2].count("(worse)") == 2
-    assert "VCORE did not beat SFT" in lines[3]
+    assert "VCORE fell behind SFT" in lines[3]
     assert "3.0 times" in lines[3]
     named = (("sft", worse), ("vcore", better), ("dft", same), ("iw_sft", same))
     won = reading([replace(found, method=method) for method, found in named], QUICK)
     assert "VCORE beat SFT" in won[3]
+    level = reading([sft, better, same, replace(sft, method="vcore")], QUICK)
+    assert "VCORE neither beat nor fell behind SFT" in level[3]
 
 
 @pytest.fixture(scope="module")
