@@ -55,7 +55,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(CORE)" $(PYTEST_ARGS)
 
 demo: setup
-	$(BIN)/vcore demo
+	$(BIN)/vcore demo --out runs/demo
 
 lint: setup
 	$(BIN)/ruff format --check .
