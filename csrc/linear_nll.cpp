@@ -232,14 +232,18 @@ class Head {
   // weight tangent).
   template <Second kSecond>
   void sweep_statistics(Chunk& c, bool keep, const TiledMatrix<T>& second_weight = {},
-                        const Tensor& second_bias = {}) const {
+                        const Tensor& second_bias = {}) {
     const auto options = at::TensorOptions().dtype(accumulator_type());
     for (Tensor* t : {&c.max, &c.sum}) *t = at::empty({tiles_, c.padded}, options);
     if (kSecond != Second::none) c.moment = at::empty({tiles_, c.padded}, options);
     if (kSecond == Second::pair) {
       for (Tensor* t : {&c.max2, &c.sum2}) *t = at::empty({tiles_, c.padded}, options);
     }
-    if (keep) c.kept = empty_huge({vocabulary_, c.padded}, scalar_type<T>());
+    if (keep) {  // in the buffer of the chunk before: fresh pages would cost a tenth of a product
+      const int64_t size = vocabulary_ * c.padded;
+      if (!kept_.defined() || kept_.numel() < size) kept_ = empty_huge({size}, scalar_type<T>());
+      c.kept = kept_.narrow(0, 0, size).view({vocabulary_, c.padded});
+    }
     const int64_t blocks = kSecond == Second::none ? 1 : 2;
     const int64_t ld = blocks * c.padded;
     const Tensor logits = at::empty({threads_, kTile, ld}, options);
@@ -492,7 +496,7 @@ class Head {
   LogitTransform<A> transform_;
   TiledMatrix<T> weight_;
   int64_t vocabulary_, width_, tiles_, threads_, panel_, padded_width_;
-  Tensor nll_;
+  Tensor nll_, kept_;
   Tensor lse_;  // [2, N]: the largest logit, and what the log-sum-exp adds to it
 };
 
