@@ -4,6 +4,7 @@ The compiled library (``_C.so``, built from ``csrc/``) only supplies implementat
 dispatch key and is optional. Every op module calls :func:`define` for its own operators.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch.autograd.forward_ad as fwAD
 NAMESPACE = "vcore_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 COMPILED_PATH = Path(__file__).with_name("_C.so")
-
+# Triton's interpreter: the Triton kernels then serve CPU tensors in the place of the compiled ones.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _compiled: list[str] = []
 
@@ -77,6 +79,8 @@ def differentiable(name: str, function: type[torch.autograd.Function], forward: 
 
 def _load() -> str | None:
     """Loads the compiled kernels; returns why that was not possible, or None."""
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1: in this process Triton's interpreter takes the CPU's operators"
     if not COMPILED_PATH.exists():
         return f"{COMPILED_PATH.name} is not built (install with VCORE_BUILD_CPP=1 to see why)"
     try:

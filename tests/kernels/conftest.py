@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vcore_kernels import backends
+from vcore_kernels.backends.triton import INTERPRETED
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +23,24 @@ def bf16_engine(request):
 
 
 def backend_params():
+    """Every backend; under Triton's interpreter (marker interpreter) the Triton kernels alone."""
+    if INTERPRETED:
+        return [pytest.param("triton", marks=pytest.mark.interpreter)]
+    unless = {
+        name: pytest.mark.skipif(not support, reason=support.reason)
+        for name, support in backends().items()
+    }
     return [
         "reference",
-        pytest.param(
-            "cpp", marks=pytest.mark.skipif(not backends()["cpp"], reason=backends()["cpp"].reason)
-        ),
+        pytest.param("cpp", marks=unless["cpp"]),
+        pytest.param("triton", marks=[pytest.mark.gpu, unless["triton"]]),
     ]
 
 
 @pytest.fixture(params=backend_params())
 def backend(request):
-    return request.param
+    """With the Triton kernels on a GPU, whatever a test makes is made there."""
+    if request.param == "triton" and not INTERPRETED:
+        torch.set_default_device("cuda")
+    yield request.param
+    torch.set_default_device(None)

@@ -1,4 +1,5 @@
-"""Which backend serves a call: ``reference`` (eager PyTorch), ``cpp`` (compiled CPU kernels)."""
+"""Which backend serves a call: ``reference`` (eager PyTorch), ``cpp`` (compiled CPU kernels),
+``triton`` (CUDA and ROCm)."""
 
 import logging
 import os
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vcore_kernels import _library
+from vcore_kernels.backends import triton
 
 logger = logging.getLogger("vcore_kernels")
 if os.environ.get("VCORE_LOG"):  # the one log switch, e.g. VCORE_LOG=DEBUG
@@ -31,9 +33,16 @@ class Support:
 
 YES = Support(True)
 _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TRITON_DTYPES = _CPP_DTYPES
+_TRITON_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_PRODUCTS = ("linear_nll", "weighted_linear_nll", "linear_nll_jvp", "linear_nll_pair")
 
 # op -> the backend that served its last eager call. For tests and `vcore info`.
 last_used: dict[str, str] = {}
+
+
+def _support(why_not: str | None) -> Support:
+    return YES if why_not is None else Support(False, why_not)
 
 
 def backends() -> dict[str, Support]:
@@ -41,35 +50,63 @@ def backends() -> dict[str, Support]:
 
     Returns a dict from name to :class:`Support`, whose ``reason`` says why a backend is not usable.
     """
-    why_not = _library.WHY_NOT_COMPILED
-    return {"reference": YES, "cpp": YES if why_not is None else Support(False, why_not)}
+    return {
+        "reference": YES,
+        "cpp": _support(_library.WHY_NOT_COMPILED),
+        "triton": _support(triton.WHY_NOT),
+    }
 
 
-def supports(backend: str, *tensors: torch.Tensor) -> Support:
-    """Whether ``backend`` can serve a call on these tensors."""
+def supports(backend: str, op: str, *tensors: torch.Tensor) -> Support:
+    """Whether ``backend`` can serve a call of ``op`` on these tensors."""
     available = backends().get(backend)
     if available is None:
         raise ValueError(f"unknown backend {backend!r}: expected auto, {', '.join(backends())}")
     if not available or backend == "reference":
         return available
+    serves = _cpp_serves if backend == "cpp" else _triton_serves
     for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return Support(False, f"cpp serves CPU tensors, got {tensor.device}")
-        if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
-            return Support(False, f"cpp has no kernel for {tensor.dtype}")
+        support = serves(op, tensor)
+        if not support:
+            return support
+    return YES
+
+
+def _cpp_serves(op: str, tensor: torch.Tensor) -> Support:
+    if tensor.device.type != "cpu":
+        return Support(False, f"cpp serves CPU tensors, got {tensor.device}")
+    if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
+        return Support(False, f"cpp has no kernel for {tensor.dtype}")
+    return YES
+
+
+def _triton_serves(op: str, tensor: torch.Tensor) -> Support:
+    expected = "cpu" if triton.INTERPRETED else "cuda"
+    if tensor.device.type != expected:
+        return Support(False, f"triton serves {expected} tensors here, got {tensor.device}")
+    dtypes = _TRITON_PRODUCT_DTYPES if op in _PRODUCTS else _TRITON_DTYPES
+    if tensor.is_floating_point() and tensor.dtype not in dtypes:
+        return Support(False, f"triton has no kernel for {op} in {tensor.dtype}")
+    if expected == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < (8, 0):
+            name = ".".join(map(str, capability))
+            return Support(False, f"triton needs compute capability 8.0, {tensor.device} has {name}")
     return YES
 
 
 def resolve(op: str, backend: str, *tensors: torch.Tensor) -> str:
     """The backend that serves ``op`` on these tensors.
 
-    ``auto`` takes the fastest one that can; a named one that cannot raises :class:`BackendError`.
+    ``auto`` takes the fastest one that can (never Triton's interpreter); a named one that cannot
+    raises :class:`BackendError`.
     """
     if backend == "auto":
-        chosen = "cpp" if supports("cpp", *tensors) else "reference"
+        fast = [] if triton.INTERPRETED else ["cpp", "triton"]
+        chosen = next((name for name in fast if supports(name, op, *tensors)), "reference")
     else:
         chosen = backend
-        support = supports(backend, *tensors)
+        support = supports(backend, op, *tensors)
         if not support:
             raise BackendError(
                 f"{op}: backend {backend!r} cannot serve this call: {support.reason}"

@@ -1,0 +1,1 @@
+"""Triton kernels, a file each with its launcher. Imported when the first call needs one."""
