@@ -1,14 +1,21 @@
 # make test    sets everything up and runs the core tests        make demo    sets everything up and runs the demonstration
-# make lint    what CI checks besides                            make bench   the benchmarks
-# Both set themselves up from nothing: a virtual environment in .venv, PyTorch, the requirements, the compiled kernels.
+# make lint    what CI checks besides                            make bench   the benchmarks on a CPU
+# make gpu     tests and benchmarks on one CUDA GPU              make aot     compiles the Triton kernels for GPUs that are not here
+# All but make gpu set themselves up from nothing: a virtual environment in .venv, PyTorch, the requirements, the compiled kernels.
 # Later calls reuse all that and rebuild the kernels only when their sources have changed.
 #
 #   PYTHON=python3.12            which Python the virtual environment is made with (3.10 to 3.13)
 #   TORCH_ARGS="--index-url U"   more arguments to pip for PyTorch alone, for example an index of CPU-only builds
+#   TRITON="triton==3.7.1"       the Triton that is installed where PyTorch brings none (its CUDA builds do); Linux only
 #   PYTEST_ARGS="-k perturbed"   more arguments to pytest
+#   GPU_PYTHON=python3           which Python runs make gpu: one that has torch and triton; nothing is installed into it
+#   GPU_ARGS="--quick"           more arguments to benchmarks/gpu.py
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+TRITON ?= triton==3.7.1
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 PYTEST_ARGS ?=
 VCORE_BUILD_CPP ?= auto
 VENV := .venv
@@ -21,7 +28,7 @@ CPP := $(filter %.h %.cpp,$(wildcard csrc/*))
 CORE := not gpu and not interpreter and not aot and not distributed and not slow
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo lint format bench clean
+.PHONY: help setup test demo lint format bench aot gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^PYTHON/q' Makefile
@@ -39,6 +46,8 @@ $(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo "[2/3] requirements"
 	@$(BIN)/python -m pip install -q "setuptools>=77" "cmake>=3.20" ninja
 	@VCORE_BUILD_CPP=0 $(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
+	@# A CUDA build of PyTorch has brought the Triton that it was tested with, which stays. There are builds for Linux alone.
+	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(BIN)/python -m pip install -q --no-deps "$(TRITON)"; fi
 	@touch $@
 
 $(VENV)/kernels.stamp: $(VENV)/packages.stamp $(NATIVE)
@@ -67,6 +76,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
+
+# The committed report of the compilers on the Triton kernels; CI fails when it is stale.
+aot: setup
+	$(BIN)/python benchmarks/aot.py --write
+
+# One command without a network, for a machine whose Python has torch and triton already.
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py --out benchmarks/results $(GPU_ARGS)
 
 bench: setup
 	mkdir -p benchmarks/results
