@@ -8,7 +8,8 @@ lose the tangent without a word, so they raise on dual tensors. The public funct
 import torch
 from torch import Tensor
 
-from vcore_kernels._library import define, no_derivative
+from vcore_kernels._library import INTERPRETED, define, no_derivative
+from vcore_kernels.backends import triton
 from vcore_kernels.backends.reference import statistics_dtype
 
 
@@ -72,9 +73,20 @@ def fake_weighted(
     return (
         statistics,
         _wanted(wide, need_hidden),
-        _wanted(weight, need_weight).to(statistics.dtype),
+        _wanted(weight, need_weight).to(
+            weight.dtype if writes_weight_gradient_directly(hidden, weight) else statistics.dtype
+        ),
         _wanted(weight[:, 0], need_bias).to(statistics.dtype),
     )
+
+
+def writes_weight_gradient_directly(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the Triton kernels form d_weight from one chunk, and so need no float32 accumulator.
+
+    The chunk's exponentials, 2*N*V bytes, then take no more than that accumulator, 4*V*H, would.
+    """
+    ours = hidden.device.type == "cuda" or INTERPRETED
+    return ours and weight.dtype == torch.bfloat16 and hidden.shape[0] <= 2 * weight.shape[1]
 
 
 def _fake_two_losses(hidden, *_):
@@ -116,12 +128,14 @@ define(
 )
 define("set_bf16_engine(str engine) -> bool", compiled=False)
 
-for _name in (
+_OPERATORS = (
     "linear_nll_forward",
     "linear_nll_backward",
     "weighted_linear_nll_forward",
     "linear_nll_jvp",
     "linear_nll_pair",
     "scale_cast",
-):
+)
+for _name in _OPERATORS:
     no_derivative(_name)
+triton.implement("head", *_OPERATORS)

@@ -40,6 +40,9 @@ def backend_params():
 @pytest.fixture(params=backend_params())
 def backend(request):
     """With the Triton kernels on a GPU, whatever a test makes is made there."""
+    wide = request.node.callspec.params.get("dtype") == torch.float64
+    if wide and request.param == "triton" and "test_head" in request.node.nodeid:
+        pytest.skip("the Triton kernels have no float64 products")
     if request.param == "triton" and not INTERPRETED:
         torch.set_default_device("cuda")
     yield request.param

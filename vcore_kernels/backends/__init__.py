@@ -91,7 +91,9 @@ def _triton_serves(op: str, tensor: torch.Tensor) -> Support:
         capability = torch.cuda.get_device_capability(tensor.device)
         if capability < (8, 0):
             name = ".".join(map(str, capability))
-            return Support(False, f"triton needs compute capability 8.0, {tensor.device} has {name}")
+            return Support(
+                False, f"triton needs compute capability 8.0, {tensor.device} has {name}"
+            )
     return YES
 
 

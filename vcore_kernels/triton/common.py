@@ -1,7 +1,7 @@
 """What every kernel file shares: launching, the device's table of settings, rounding, products.
 
-Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is imported) runs the same kernels on
-CPU tensors. It multiplies bf16 as integers and rounds to bf16 towards zero, so :func:`dot` and
+Triton's interpreter (``TRITON_INTERPRET=1``, set before triton is imported) runs the same kernels
+on CPU tensors. It multiplies bf16 as integers and rounds to bf16 towards zero, so :func:`dot` and
 :func:`cast` do both by hand there.
 """
 

@@ -1,0 +1,256 @@
+"""Products of the logits' gradients: d_hidden = G weight, d_weight = G' hidden, d_bias = G' 1."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vcore_kernels.triton import tuning
+from vcore_kernels.triton.common import architecture, cast, cdiv, dot, launch, multiprocessors
+from vcore_kernels.triton.head_logits import load_tile, operand, precision, tma_serves
+from vcore_kernels.triton.head_rows import KEPT_SCALE, Chunk, Work
+
+
+@triton.jit
+def _unscale(x, p_unit, KEPT_SCALE: tl.constexpr):
+    """Out of units of p_unit / KEPT_SCALE."""
+    if KEPT_SCALE != 1.0:
+        x *= 1.0 / KEPT_SCALE
+    if p_unit is not None:
+        x *= tl.load(p_unit)
+    return x
+
+
+@triton.jit
+def _hidden_gradient(
+    p_gradient,  # [R, V] of stride s_gradient; a descriptor with TMA
+    p_weight,  # [V, H] of stride s_weight; a descriptor with TMA
+    p_out,  # [N, H]
+    p_index,
+    p_counts,
+    p_unit,
+    V,
+    H,
+    s_gradient,
+    s_weight,
+    o_chunk,
+    R,
+    programs,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+):
+    """out[token of r] = sum over v of gradient[r, v] * weight[v].
+
+    Grid: ``programs`` persistent ones; a tile of ROWS x COLUMNS of the output at a time. The number
+    of rows is read on the device. Accumulated in float32 along V, rounded once.
+    """
+    count = tl.minimum(tl.load(p_counts) - o_chunk, R)
+    row_tiles = tl.cdiv(tl.maximum(count, 0), ROWS)
+    for i_tile in tl.range(
+        tl.program_id(0), row_tiles * tl.cdiv(H, COLUMNS), programs, flatten=True
+    ):
+        o_row = (i_tile % row_tiles) * ROWS
+        o_column = (i_tile // row_tiles) * COLUMNS
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for v in range(0, V, DEPTH):
+            g = load_tile(p_gradient, s_gradient, o_row, v, R, V, ROWS, DEPTH, TMA)
+            w = load_tile(p_weight, s_weight, v, o_column, V, H, DEPTH, COLUMNS, TMA)
+            acc = dot(g, w, acc, PRECISION)
+        acc = _unscale(acc, p_unit, KEPT_SCALE)
+        i_rows = o_row + tl.arange(0, ROWS)
+        i_columns = o_column + tl.arange(0, COLUMNS)
+        m_rows = i_rows < count
+        i_token = tl.load(p_index + o_chunk + i_rows, mask=m_rows, other=0).to(tl.int64)
+        offsets = i_token[:, None] * H + i_columns[None, :]
+        mask = m_rows[:, None] & (i_columns < H)[None, :]
+        tl.store(p_out + offsets, cast(acc, p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient(
+    p_gradient,  # [R, V] of stride s_gradient; a descriptor with TMA
+    p_hidden,  # [R, H]; a descriptor with TMA
+    p_out,  # [V, H]
+    p_counts,
+    p_unit,
+    V,
+    H,
+    s_gradient,
+    o_chunk,
+    R,
+    programs,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+):
+    """out[v] (+)= sum over the chunk's rows r of gradient[r, v] * hidden[r].
+
+    Grid: ``programs`` persistent ones; a tile of ROWS vocabulary entries x COLUMNS at a time,
+    column tiles fastest, so that programs side by side read the same gradients. The number of rows
+    is read on the device; rows beyond it up to a multiple of DEPTH are 0 in both operands. The
+    first chunk writes every element, later ones add, in float32; one alone may write a narrower
+    dtype.
+    """
+    count = tl.maximum(tl.minimum(tl.load(p_counts) - o_chunk, R), 0)
+    column_tiles = tl.cdiv(H, COLUMNS)
+    tiles = tl.cdiv(V, ROWS) * column_tiles
+    if not FIRST:
+        tiles = tl.where(count > 0, tiles, 0)
+    for i_tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        o_row = (i_tile // column_tiles) * ROWS
+        o_column = (i_tile % column_tiles) * COLUMNS
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for r in range(0, count, DEPTH):
+            g = load_tile(p_gradient, s_gradient, r, o_row, R, V, DEPTH, ROWS, TMA)
+            h = load_tile(p_hidden, H, r, o_column, R, H, DEPTH, COLUMNS, TMA)
+            acc = dot(g.T, h, acc, PRECISION)
+        acc = _unscale(acc, p_unit, KEPT_SCALE)
+        i_rows = o_row + tl.arange(0, ROWS)
+        i_columns = o_column + tl.arange(0, COLUMNS)
+        offsets = i_rows.to(tl.int64)[:, None] * H + i_columns[None, :]
+        mask = (i_rows < V)[:, None] & (i_columns < H)[None, :]
+        if not FIRST:
+            acc += tl.load(p_out + offsets, mask=mask, other=0.0)
+        tl.store(p_out + offsets, cast(acc, p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _bias_gradient(
+    p_gradient,
+    p_out,  # float32 [V]
+    p_counts,
+    p_unit,
+    V,
+    s_gradient,
+    o_chunk,
+    R,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+):
+    """out[v] (+)= sum over the chunk's rows r of gradient[r, v]. Grid: column tiles. float32."""
+    count = tl.minimum(tl.load(p_counts) - o_chunk, R)
+    i_columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = i_columns < V
+    acc = tl.zeros([COLUMNS], tl.float32)
+    for r in range(0, count, ROWS):
+        i_rows = r + tl.arange(0, ROWS)
+        offsets = i_rows.to(tl.int64)[:, None] * s_gradient + i_columns[None, :]
+        m_tile = (i_rows < count)[:, None] & mask[None, :]
+        acc += tl.sum(tl.load(p_gradient + offsets, mask=m_tile, other=0.0).to(tl.float32), 0)
+    acc = _unscale(acc, p_unit, KEPT_SCALE)
+    if not FIRST:
+        acc += tl.load(p_out + i_columns, mask=mask, other=0.0)
+    tl.store(p_out + i_columns, acc, mask=mask)
+
+
+def hidden_gradient(
+    gradient: Tensor,  # [R, V]
+    weight: Tensor,  # [V, H]
+    out: Tensor,  # [N, H]
+    work: Work,
+    chunk: Chunk,
+    unit: Tensor | None,
+) -> None:
+    """Writes the rows of ``out`` that the chunk's tokens have."""
+    v, h = weight.shape
+    tiles = tuning.HIDDEN_GRADIENT[architecture(weight.device), tuning.kind(weight.dtype)]
+    tma = tiles.tma and tma_serves(gradient) and tma_serves(weight)
+    programs = multiprocessors(weight.device) * tiles.programs
+    programs = min(programs, cdiv(chunk.rows, tiles.rows) * cdiv(h, tiles.columns))
+    launch(
+        _hidden_gradient,
+        (programs,),
+        operand(gradient, (tiles.rows, tiles.depth), tma),
+        operand(weight, (tiles.depth, tiles.columns), tma),
+        out,
+        *work,
+        unit,
+        v,
+        h,
+        gradient.stride(0),
+        weight.stride(0),
+        *chunk,
+        programs,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        DEPTH=tiles.depth,
+        TMA=tma,
+        PRECISION=precision(weight.dtype),
+        KEPT_SCALE=KEPT_SCALE[weight.dtype],
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def weight_gradient(
+    gradient: Tensor,  # [R, V]
+    hidden: Tensor,  # [R, H] the chunk's rows that have a gradient
+    out: Tensor,  # [V, H]
+    work: Work,
+    chunk: Chunk,
+    unit: Tensor | None,
+) -> None:
+    """Writes ``out`` in the first chunk, adds to it in the others."""
+    v, h = out.shape
+    tiles = tuning.WEIGHT_GRADIENT[architecture(out.device), tuning.kind(hidden.dtype)]
+    tma = tiles.tma and tma_serves(gradient) and tma_serves(hidden)
+    programs = multiprocessors(out.device) * tiles.programs
+    programs = min(programs, cdiv(v, tiles.rows) * cdiv(h, tiles.columns))
+    launch(
+        _weight_gradient,
+        (programs,),
+        operand(gradient, (tiles.depth, tiles.rows), tma),
+        operand(hidden, (tiles.depth, tiles.columns), tma),
+        out,
+        work.counts,
+        unit,
+        v,
+        h,
+        gradient.stride(0),
+        *chunk,
+        programs,
+        FIRST=chunk.start == 0,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        DEPTH=tiles.depth,
+        TMA=tma,
+        PRECISION=precision(hidden.dtype),
+        KEPT_SCALE=KEPT_SCALE[hidden.dtype],
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+
+
+def bias_gradient(
+    gradient: Tensor,  # [R, V]
+    out: Tensor,  # float32 [V]
+    work: Work,
+    chunk: Chunk,
+    unit: Tensor | None,
+) -> None:
+    """Writes ``out`` in the first chunk, adds to it in the others."""
+    v = out.shape[0]
+    launch(
+        _bias_gradient,
+        (cdiv(v, 128),),
+        gradient,
+        out,
+        work.counts,
+        unit,
+        v,
+        gradient.stride(0),
+        *chunk,
+        FIRST=chunk.start == 0,
+        ROWS=32,
+        COLUMNS=128,
+        KEPT_SCALE=KEPT_SCALE[gradient.dtype],
+    )

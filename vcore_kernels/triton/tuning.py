@@ -1,0 +1,79 @@
+"""Settings of every kernel, by architecture: the one place to tune them.
+
+Every line has been compiled ahead of time without spills and within the shared memory of its target
+(benchmarks/results/aot.md). None has been timed yet: the reasons are read off that report and
+arithmetic; `python benchmarks/gpu.py --tune` measures the alternatives on a device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tiled matrix product: output tile rows x columns, depth a step of the inner loop."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    tma: bool = False  # operands by the bulk tensor copy engine where they are aligned
+    parts: int = 1  # the results of a tile are taken in this many parts of its columns: 1, 2, 4
+    programs: int = 1  # resident on a multiprocessor; the grid is persistent
+
+    @property
+    def part(self) -> int:
+        """Columns of a part."""
+        return self.columns // self.parts
+
+
+def kind(dtype: torch.dtype) -> str:
+    """The tables' key for the operands' dtype: half (bf16, fp16) or float."""
+    return "float" if dtype == torch.float32 else "half"
+
+
+# Rows of a chunk are a multiple of this, and so of every depth that runs over rows.
+ROW_BLOCK = 128
+
+# What the exponentials (or logit gradients) of one chunk may take. At N = 32768, V = 151936 that is
+# 1/18.6 of the bf16 logits, and the products still are 1664 rows deep.
+WORKSPACE = 512 << 20
+# The statistics and gathered rows of a chunk without exponentials.
+STATISTICS = 128 << 20
+
+# Logits and their statistics. Keyed by architecture, kind, and the products formed at once: 1, 2
+# (a tangent or perturbed hidden), 3 (and weight). The column tile fixes the order of summation, so
+# it depends on nothing else: a row's loss is the same in every batch.
+LOGITS: dict[tuple[str, str, int], Tiles] = {
+    # Few programs, as each costs the interpreter the same whatever its size.
+    ("interpreter", "half", 1): Tiles(64, 128, 64, 4, 1, tma=True),
+    ("interpreter", "half", 2): Tiles(64, 128, 64, 4, 1, tma=True),
+    ("interpreter", "half", 3): Tiles(64, 128, 64, 4, 1, tma=True),
+    ("interpreter", "float", 1): Tiles(64, 128, 64, 4, 1, tma=True),
+    ("interpreter", "float", 2): Tiles(64, 128, 64, 4, 1, tma=True),
+    ("interpreter", "float", 3): Tiles(64, 128, 64, 4, 1, tma=True),
+    ("sm90", "half", 1): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
+    ("sm90", "half", 2): Tiles(128, 128, 64, 8, 4, tma=True, parts=2),
+    ("sm90", "half", 3): Tiles(128, 128, 64, 8, 3, tma=True, parts=2),
+    ("sm90", "float", 1): Tiles(64, 64, 32, 4, 3),
+    ("sm90", "float", 2): Tiles(64, 64, 32, 4, 3),
+    ("sm90", "float", 3): Tiles(64, 64, 32, 4, 3),
+}
+
+# Gradient of hidden: rows x H over the vocabulary.
+HIDDEN_GRADIENT: dict[tuple[str, str], Tiles] = {
+    ("interpreter", "half"): Tiles(64, 128, 128, 4, 1, tma=True),
+    ("interpreter", "float"): Tiles(64, 128, 128, 4, 1, tma=True),
+    ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True),
+    ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
+}
+
+# Gradient of weight: V x H over the rows of a chunk.
+WEIGHT_GRADIENT: dict[tuple[str, str], Tiles] = {
+    ("interpreter", "half"): Tiles(128, 64, 64, 4, 1, tma=True),
+    ("interpreter", "float"): Tiles(128, 64, 64, 4, 1, tma=True),
+    ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True),
+    ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
+}
