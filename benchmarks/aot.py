@@ -124,18 +124,21 @@ class Compilation:
 
 
 def types(signature: dict[str, str]) -> str:
-    """The element types of the pointers and descriptors, each once."""
+    """The floating-point types of the pointers and descriptors, each once."""
     found: list[str] = []
     for kind in signature.values():
-        match = re.match(r"\*k?(\w+)|tensordesc<(\w+)", kind)
-        if match and (name := match[1] or match[2]) not in found:
-            found.append(name)
+        match = re.match(r"(?:\*k?|tensordesc<)((?:bf|fp)\d+)", kind)
+        if match and match[1] not in found:
+            found.append(match[1])
     return " ".join(found)
 
 
 def settings(row: Compilation) -> str:
-    constants = " ".join(f"{name}={value}" for name, value in row.constants.items())
-    return f"{constants} warps={row.num_warps} stages={row.num_stages}".strip()
+    """The constants, but for absent tensors only their names behind a minus."""
+    absent = [name.removeprefix("p_") for name, value in row.constants.items() if value == "None"]
+    given = [f"{name}={value}" for name, value in row.constants.items() if value != "None"]
+    words = [*given, f"warps={row.num_warps}", f"stages={row.num_stages}"]
+    return " ".join(words + [f"-{name}" for name in absent])
 
 
 # ---- from a launch to what the compiler takes ----
@@ -389,8 +392,8 @@ def to_markdown(rows: Sequence[Compilation]) -> str:
         "*spills*: bytes a thread keeps in memory because registers ran out, or for any other "
         "reason (AMD: scratch memory; `+ n s`: n scalar registers kept in vector registers, which "
         "touches no memory). *matrix and TMA*: instructions in the program text. *fit*: programs "
-        "that fit on one multiprocessor at a time by registers, shared memory and warps. Types are "
-        "those of the tensors, each once.",
+        "that fit on one multiprocessor at a time by registers, shared memory and warps. `-bias`: "
+        "called without that tensor.",
     ]
     for name in names:
         lines += ["", f"## {name}", "", COLUMNS.format("target"), "|---" * 8 + "|"]

@@ -3,8 +3,7 @@ import math
 import gibbs_oracle
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 
 from vcore_kernels import gibbs_weights, variance_control
 
