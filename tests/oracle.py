@@ -40,3 +40,42 @@ def assert_as_good_as_eager(value, truth, eager, dtype, what="", scale=None):
     bound = 2 * max_error(eager, truth) + roundings * torch.finfo(dtype).eps * scale
     error = max_error(value, truth)
     assert error <= bound, f"{what}: error {error:.3e} above {bound:.3e} (scale {scale:.3e})"
+
+
+# ---------------------------------------------------------------------------------------- attention
+
+
+def attention(q, k, v, visible, scale, softcap=None):
+    """[B, heads, T, D]; ``visible`` bool [B, 1, T, T]. A query that sees no key has output 0."""
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = q @ keys.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~visible, -torch.inf)
+    blind = ~visible.any(-1, keepdim=True)
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    p = scores.masked_fill(blind, 0).softmax(-1, dtype=statistics).to(q.dtype)
+    return p.masked_fill(blind, 0) @ values
+
+
+def visible_keys(length, causal, *, key_mask=None, lengths=None, window=None):
+    """The mask of one attention call, entry by entry; ``lengths`` of packed segments."""
+    segment = [s for s, n in enumerate(lengths or [length]) for _ in range(n)]
+    rows = [None] if key_mask is None else key_mask.tolist()
+    return torch.tensor(
+        [
+            [
+                [
+                    segment[i] == segment[j]
+                    and (not causal or j <= i)
+                    and (window is None or 0 <= i - j < window)
+                    and (row is None or bool(row[j]))
+                    for j in range(length)
+                ]
+                for i in range(length)
+            ]
+            for row in rows
+        ],
+        device="cpu",
+    ).reshape(len(rows), 1, length, length)

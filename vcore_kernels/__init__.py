@@ -1,6 +1,7 @@
 """Fused kernels for token-weighted training of language models. docs/design.md says how and why."""
 
 from vcore_kernels._library import check_compiled
+from vcore_kernels.attention_jvp import attention_jvp
 from vcore_kernels.backends import BackendError, backends
 from vcore_kernels.dft_loss import dft_loss
 from vcore_kernels.gibbs_weights import GibbsWeights, gibbs_weights
@@ -30,6 +31,7 @@ __all__ = [
     "NonFiniteDirectionError",
     "StalledPerturbationWarning",
     "VcoreLoss",
+    "attention_jvp",
     "backends",
     "dft_loss",
     "free_backup_buffers",

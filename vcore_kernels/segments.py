@@ -112,6 +112,12 @@ def make_segments(
             f"{op}: cu_seqlens goes with packed [N] (or [1, N]), got shape {list(values.shape)}. "
             "Leave cu_seqlens out for a padded batch."
         )
+    check_offsets(op, cu_seqlens, values, values.numel())
+    return Segments(cu_seqlens.to(torch.int64), flat_mask, values.numel())
+
+
+def check_offsets(op: str, cu_seqlens: Tensor, values: Tensor, size: int) -> None:
+    """Raises unless ``cu_seqlens`` cuts ``size`` packed tokens on the device of ``values``."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{op}: cu_seqlens must be an int32 tensor, got {kind}.")
@@ -122,28 +128,23 @@ def make_segments(
         )
     if cu_seqlens.device != values.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, expected {values.device}.")
-    _check_offsets(op, cu_seqlens, values.numel())
-    return Segments(cu_seqlens.to(torch.int64), flat_mask, values.numel())
-
-
-def _check_offsets(op: str, offsets: Tensor, size: int) -> None:
     if torch.compiler.is_compiling():
         return
-    rising = (offsets[1:] >= offsets[:-1]).all()
-    ends = (offsets[0] == 0) & (offsets[-1] == size)
-    if offsets.device.type != "cpu":
+    rising = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    ends = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == size)
+    if cu_seqlens.device.type != "cpu":
         torch._assert_async(rising & ends)
         return
-    if offsets[0] != 0:
-        raise ValueError(f"{op}: cu_seqlens must start at 0, got {int(offsets[0])}.")
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens must start at 0, got {int(cu_seqlens[0])}.")
     if not rising:
-        at = int((offsets[1:] < offsets[:-1]).nonzero()[0])
+        at = int((cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()[0])
         raise ValueError(
-            f"{op}: cu_seqlens must be increasing, got {int(offsets[at])} then "
-            f"{int(offsets[at + 1])} at position {at + 1}."
+            f"{op}: cu_seqlens must be increasing, got {int(cu_seqlens[at])} then "
+            f"{int(cu_seqlens[at + 1])} at position {at + 1}."
         )
-    if offsets[-1] != size:
+    if cu_seqlens[-1] != size:
         raise ValueError(
             f"{op}: cu_seqlens must end at the number of packed tokens, {size}, got "
-            f"{int(offsets[-1])}."
+            f"{int(cu_seqlens[-1])}."
         )

@@ -35,7 +35,13 @@ YES = Support(True)
 _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TRITON_DTYPES = _CPP_DTYPES
 _TRITON_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PRODUCTS = ("linear_nll", "weighted_linear_nll", "linear_nll_jvp", "linear_nll_pair")
+_PRODUCTS = (
+    "attention_jvp",
+    "linear_nll",
+    "weighted_linear_nll",
+    "linear_nll_jvp",
+    "linear_nll_pair",
+)
 
 # op -> the backend that served its last eager call. For tests and `vcore info`.
 last_used: dict[str, str] = {}
