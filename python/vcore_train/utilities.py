@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from vcore_kernels import linear_nll_jvp, linear_nll_pair
 from vcore_kernels.perturbed import NonFiniteDirectionError, perturbed
+from vcore_train import attention
 from vcore_train.directions import check_finite, norm_of
 from vcore_train.modeling import (
     IGNORE_INDEX,
@@ -207,12 +209,27 @@ class _DecoderAndHead(nn.Module):
         return hidden_states(self.model, inputs), head_of(self.model)
 
 
+# Models with an attention layer that "vcore_jvp" turned out not to compute.
+_eager_attention: WeakSet[nn.Module] = WeakSet()
+
+
 def _forward_mode(model, inputs, labels, probed, epsilon, backend) -> TokenUtilities:
     if epsilon is not None:
         raise ValueError("token_utilities: method 'jvp' takes no epsilon; it is a derivative.")
+    lm = causal_lm(model)
+    if attention.serves(lm) and lm not in _eager_attention:
+        try:
+            return _forward_pass(model, inputs, labels, probed, backend, attention.NAME)
+        except attention.AttentionUnsupportedError as error:
+            _eager_attention.add(lm)
+            logger.info("token_utilities: %s Eager attention serves this model.", error)
+    return _forward_pass(model, inputs, labels, probed, backend, "eager")
+
+
+def _forward_pass(model, inputs, labels, probed, backend, implementation) -> TokenUtilities:
     scale = _tangent_scale(model, probed)
     both = _DecoderAndHead(model)
-    with probing(model), fwAD.dual_level():
+    with probing(model, attention=implementation), fwAD.dual_level():
         duals = {
             f"model.{name}": fwAD.make_dual(
                 p.parameter.detach(), _scaled(p.direction, scale).to(p.parameter.dtype)

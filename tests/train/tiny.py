@@ -31,6 +31,14 @@ CONFIGS = {
         "query_pre_attn_scalar": 8,
         "attention_dropout": 0.3,
     },
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 8,
+    },
+    "mistral": {"tie_word_embeddings": False, "sliding_window": 4},
+    "phi3": {"tie_word_embeddings": False},
 }
 
 
