@@ -143,8 +143,11 @@ def test_ragged_head(device, dtype, shape):
     for got in (head.known(softcap=softcap), head.late(softcap=softcap)):
         close(got[:1], expected[:1], torch.float32, factor=64, scale=1)
         close(got[1:], expected[1:], dtype)
-    for op in (head.jvp, head.pair):
-        close(op(), op(backend="reference"), torch.float32, factor=64, scale=1)
+    close(head.jvp(), head.jvp(backend="reference"), torch.float32, factor=64, scale=1)
+    # The difference of the inputs is rounded to their dtype, the reference's to that of its losses.
+    got, expected = head.pair(), head.pair(backend="reference")
+    close(got[:1], expected[:1], torch.float32, factor=64, scale=1)
+    close(got[1:], expected[1:], dtype, factor=2, scale=4e-6 / torch.finfo(dtype).eps)
     assert last_used["linear_nll_pair"] == "reference"
 
 
