@@ -111,8 +111,6 @@ class Compilation:
             found.append(f"{self.shared} bytes of shared memory, {self.shared_limit} at most")
         if self.best_instruction is False:
             found.append("16-bit products without the target's matrix instruction")
-        if self.serialised:
-            found.append("wgmma instructions are serialised")
         return found
 
     def key(self) -> tuple:
@@ -345,7 +343,7 @@ def compile_all(
         for row in pool.imap_unordered(_compile_one, tasks):
             rows.append(row)
             if progress:
-                wrong = "; ".join(row.faults())
+                wrong = "; ".join([*row.faults(), *(["(serialised)"] if row.serialised else [])])
                 print(f"[{len(rows)}/{len(tasks)}] {row.title()} {wrong}", file=sys.stderr)
     return sorted(rows, key=Compilation.key)
 
@@ -388,6 +386,8 @@ def to_markdown(rows: Sequence[Compilation]) -> str:
         "",
         f"Versions: {header}. Distinct launches compiled: {counts}.",
         f"Rules broken: {len(faults)}." + "".join(f"\n* {fault}" for fault in faults),
+        f"Rows in which ptxas waits after every wgmma instruction (*serialised*): "
+        f"{sum(row.serialised for row in rows)}.",
         "",
         "*spills*: bytes a thread keeps in memory because registers ran out, or for any other "
         "reason (AMD: scratch memory; `+ n s`: n scalar registers kept in vector registers, which "

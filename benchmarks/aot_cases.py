@@ -11,59 +11,70 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vcore_kernels.triton import head
+from vcore_kernels.triton import common, head, tuning
 
 Case = Callable[[], object]
 
-HALF = (torch.bfloat16, torch.float16)
-PRODUCTS = (*HALF, torch.float32)
-ALL = (*PRODUCTS, torch.float64)
-
 
 def head_cases() -> Iterator[Case]:
-    """Every operator on the head: in bf16 with and without bias and soft cap, in the other dtypes
-    with both, which takes the most registers.
+    """Every operator on the head, with bias and soft cap, which takes the most registers.
+
+    Without them only on sm90; in float16, which has the settings of
+    bf16, only what makes gradients, where it is scaled; with rows that a copy engine does not serve
+    (H = 516) where the tables use one.
     """
-    n, h, v = 256, 64, 512
-    target = torch.zeros(n, dtype=torch.int64)
-    vector = torch.empty(n)
-    lse = torch.empty(2, n)
+    yield from _head_cases(torch.bfloat16, 512, rich=True)
+    yield from _head_cases(torch.float32, 512, rich=True)
+    for case in _head_cases(torch.float16, 512, rich=True, tangents=False):
+        yield partial(_where, lambda: common.recorded_architecture != "sm89", case)
+    for case in _head_cases(torch.bfloat16, 512, rich=False):
+        yield partial(_where, lambda: common.recorded_architecture == "sm90", case)
+    for case in _head_cases(torch.bfloat16, 516, rich=True):
+        yield partial(_where, _tables_use_copies, case)
 
-    for dtype in PRODUCTS:
 
-        def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(size, dtype=dtype)
+def _tables_use_copies() -> bool:
+    return tuning.LOGITS[common.recorded_architecture, "half", 1].tma
 
-        hidden, weight, bias = normal(n, h), normal(v, h), normal(v)
-        operands = hidden, weight, target
-        second_bias = torch.empty(v)
-        for given, softcap in ((None, 0.0), (bias, 30.0)):
-            if given is None and dtype != torch.bfloat16:
-                continue
-            options = softcap, 1.0, -100
-            for keep in (False, True):
-                yield partial(head.linear_nll_forward, *operands, given, *options, keep)
-            for needs in ((True, False, False), (True, True, given is not None)):
-                yield partial(
-                    head.linear_nll_backward,
-                    vector,
-                    *operands,
-                    given,
-                    vector,
-                    lse,
-                    *options,
-                    *needs,
-                )
-                yield partial(
-                    head.weighted_linear_nll_forward, *operands, vector, given, *options, *needs
-                )
-            tangent = None if given is None else second_bias
-            for beside in (None, weight):
-                for function in (head.linear_nll_jvp, head.linear_nll_pair):
-                    yield partial(function, *operands, hidden, beside, given, tangent, *options)
-        for out in {dtype, torch.float32}:
+
+def _where(condition: Callable[[], bool], case: Case) -> None:
+    if condition():
+        case()
+
+
+def _head_cases(dtype: torch.dtype, h: int, rich: bool, tangents: bool = True) -> Iterator[Case]:
+    n, v = 256, 512
+    hidden, weight, bias = (torch.empty(size, dtype=dtype) for size in ((n, h), (v, h), (v,)))
+    vector, lse = torch.empty(n), torch.empty(2, n)
+    operands = hidden, weight, torch.zeros(n, dtype=torch.int64)
+    given, second_bias = (bias, torch.empty(v)) if rich else (None, None)
+    options = 30.0 if rich else 0.0, 1.0, -100
+    for keep in (False, True):
+        yield partial(head.linear_nll_forward, *operands, given, *options, keep)
+    for needs in ((True, False, False), (True, True, rich)):
+        late = vector, *operands, given, vector, lse, *options, *needs
+        known = *operands, vector, given, *options, *needs
+        yield partial(_in_two_chunks, head.linear_nll_backward, *late)
+        yield partial(_in_two_chunks, head.weighted_linear_nll_forward, *known)
+    for beside in (None, weight) if tangents else ():
+        for function in (head.linear_nll_jvp, head.linear_nll_pair):
+            yield partial(function, *operands, hidden, beside, given, second_bias, *options)
+    if rich:
+        for out in (dtype, torch.float32):
             yield partial(head.scale_cast, hidden, torch.empty(()), out)
             yield partial(head.scale_cast, hidden, vector, out)
+
+
+def _in_two_chunks(function: Callable, *args: object) -> None:
+    """The first chunk writes d_weight, the second adds to it."""
+    weight = args[1] if function is head.weighted_linear_nll_forward else args[2]
+    assert isinstance(weight, Tensor)
+    before = tuning.WORKSPACE
+    tuning.WORKSPACE = tuning.ROW_BLOCK * weight.shape[0] * weight.element_size()
+    try:
+        function(*args)
+    finally:
+        tuning.WORKSPACE = before
 
 
 CASES: list[Case] = [case for cases in (head_cases,) for case in cases()]

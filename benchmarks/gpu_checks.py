@@ -1,12 +1,12 @@
 """The steps before any figure: building the compiled part, the gpu-marked tests, memcheck."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,58 +39,67 @@ def build(limit: float) -> dict:
     return {"built": built, "log": [] if built else _output_tail(done.stdout)}
 
 
-def run_tests(limit: float, processes: int | None = None) -> dict:
-    """The gpu-marked tests, a process for each file, as many at a time as the processors allow.
+def _collect(limit: float) -> list[str]:
+    """The gpu-marked tests by name."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/kernels"],
+        cwd=ROOT,
+        timeout=limit,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    return [line for line in lines if "::" in line and not line.startswith("ERROR")]
 
-    Returns counts, the names of what failed, and the files that ran out of time.
+
+def run_tests(limit: float, processes: int | None = None) -> dict:
+    """The gpu-marked tests, dealt out to several processes: most of their time is compilation.
+
+    Returns counts, what failed, and how many tests have no result because the time ran out.
     """
     begin = time.monotonic()
-    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-    processes = processes or max(1, min(8, (os.cpu_count() or 2) // 2))
-    totals = {"passed": 0, "failed": 0, "skipped": 0}
-    failures, unfinished = [], []
+    processes = processes or max(1, min(12, (os.cpu_count() or 2) * 3 // 4))
+    try:
+        names = _collect(limit)
+    except subprocess.TimeoutExpired:
+        names = []
+    hands = [names[first::processes] for first in range(min(processes, len(names)))]
+    totals = {"collected": len(names), "passed": 0, "failed": 0, "skipped": 0, "no result": 0}
+    failures: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as scratch:
 
-        def run_file(file: Path) -> tuple[Path, Path, bool, list[str]]:
-            left = limit - (time.monotonic() - begin)
-            report = Path(scratch) / f"{file.stem}.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(file)]
-            command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
-            if left <= 1:
-                return file, report, False, ["not begun"]
-            try:
-                done = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    timeout=left,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                )
-            except subprocess.TimeoutExpired as error:
-                return file, report, False, _output_tail(error.stdout, 3)
-            # 5: no test of this file is marked gpu.
-            return file, report, done.returncode in (0, 1, 5), _output_tail(done.stdout)
+        def play(number: int) -> str:
+            command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=line"]
+            log = Path(scratch) / f"{number}.log"
+            with open(log, "w") as file:
+                try:
+                    subprocess.run(
+                        [*command, *hands[number]],
+                        cwd=ROOT,
+                        timeout=max(1.0, limit - (time.monotonic() - begin)),
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"},
+                    )
+                except subprocess.TimeoutExpired:
+                    file.write("\nno time left\n")
+            return log.read_text(errors="replace")
 
-        with ThreadPoolExecutor(processes) as pool:
-            results = list(pool.map(run_file, files))
-        for file, report, finished, output in results:
-            if not finished:
-                unfinished.append({"file": file.name, "output": output})
-            if not report.exists():
-                continue
-            for case in ElementTree.parse(report).iter("testcase"):
-                outcome = "passed"
-                for child in case:
-                    if child.tag in ("failure", "error"):
-                        outcome = "failed"
-                        name = f"{file.name}::{case.get('name')}"
-                        message = (child.get("message") or "").splitlines()
-                        failures.append({"test": name, "message": message[0] if message else ""})
-                    elif child.tag == "skipped":
-                        outcome = "skipped"
-                totals[outcome] += 1
-    return {**totals, "failures": failures, "unfinished": unfinished}
+        with ThreadPoolExecutor(len(hands) or 1) as pool:
+            logs = list(pool.map(play, range(len(hands))))
+    for log in logs:
+        for name, outcome in re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", log, re.M):
+            totals[{"ERROR": "failed"}.get(outcome, outcome.lower())] += 1
+            if outcome in ("FAILED", "ERROR"):
+                # the line of the summary behind the name
+                match = re.search(rf"^{outcome} {re.escape(name)} - (.+)$", log, re.M)
+                failures.append({"test": name, "message": match[1][:300] if match else ""})
+    totals["no result"] = len(names) - totals["passed"] - totals["failed"] - totals["skipped"]
+    report = {**totals, "failures": failures}
+    if not names or totals["no result"]:
+        report["last lines"] = [" | ".join(_output_tail(log, 3)) for log in logs]
+    return report
 
 
 def memcheck(limit: float) -> dict:

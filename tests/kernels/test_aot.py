@@ -132,7 +132,6 @@ def test_rules_can_be_broken(probe):
         {"shared": row.shared_limit + 1},
         {"spills": 4},
         {"best_instruction": False},
-        {"serialised": True},
     ):
         assert len(dataclasses.replace(row, **change).faults()) == 1
 
