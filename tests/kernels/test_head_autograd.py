@@ -24,6 +24,8 @@ def inputs(n=12, h=16, v=40, dtype=torch.float32, grad=True):
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "scale": 0.5}], ids=str)
 def test_gradcheck_in_both_modes(options, backend):
+    if backend == "triton":
+        pytest.skip("the Triton kernels have no float64 products")
     hidden, weight, target, token_weight = inputs(5, 6, 9, torch.float64)
     bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
 
@@ -324,7 +326,7 @@ def test_ignore_index_can_be_a_vocabulary_entry(backend):
 
 def test_autocast_casts_as_a_linear_layer_does(backend):
     hidden, weight, target, token_weight = inputs()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         nll = linear_nll(hidden, weight, target, backend=backend)
         loss, _ = weighted_linear_nll(hidden, weight, target, token_weight, backend=backend)
     expected = linear_nll(hidden.bfloat16(), weight.bfloat16(), target, backend=backend)
