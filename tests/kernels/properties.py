@@ -1,7 +1,7 @@
 """hypothesis, or where it is not installed (a GPU machine without a network) skips in its place."""
 
 try:
-    from hypothesis import example, given, settings
+    from hypothesis import HealthCheck, example, given, settings
     from hypothesis import strategies as st
 except ImportError:
     import pytest
@@ -15,7 +15,7 @@ except ImportError:
         def __getattr__(self, name):
             return self
 
-    st = _Anything()
+    HealthCheck = st = _Anything()
 
     def given(*args, **options):
         return pytest.mark.skip(reason="hypothesis is not installed")
@@ -25,4 +25,4 @@ except ImportError:
 
     settings = example
 
-__all__ = ["example", "given", "settings", "st"]
+__all__ = ["HealthCheck", "example", "given", "settings", "st"]
