@@ -13,6 +13,7 @@ from vcore_kernels import (
     linear_nll_pair,
     weighted_linear_nll,
 )
+from vcore_kernels.backends.triton import INTERPRETED
 
 
 @dataclass
@@ -123,6 +124,8 @@ def test_losses_and_gradients(shape, dtype, options, backend):
     "shape", [(3, 64, 151936), (2, 64, 129920), (9, 4096, 1000), (40, 2048, 517)], ids=str
 )
 def test_real_vocabularies_and_widths(shape, backend):
+    if INTERPRETED:  # minutes a call; what is special in these numbers survives
+        shape = (*shape[:2], shape[2] % 16384)
     check_losses_and_gradients(make_case(*shape, torch.bfloat16), torch.bfloat16, backend)
 
 

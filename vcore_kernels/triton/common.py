@@ -5,7 +5,7 @@ on CPU tensors. It multiplies bf16 as integers and rounds to bf16 towards zero, 
 :func:`cast` do both by hand there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,4 +143,7 @@ def log1p(x):
     return tl.where(small, x, tl.where(u == float("inf"), u, tl.log(u) + correction))
 
 
-Kernel = Callable[..., None]
+@triton.jit
+def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of the columns: each thread's own registers, nothing moves."""
+    return tl.split(x.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vcore_kernels._head_ops import writes_weight_gradient_directly
 from vcore_kernels.triton import tuning
-from vcore_kernels.triton.common import cast, cdiv, launch
+from vcore_kernels.triton.common import architecture, cast, cdiv, launch
 from vcore_kernels.triton.head_gradients import bias_gradient, hidden_gradient, weight_gradient
 from vcore_kernels.triton.head_logits import (
     Second,
@@ -63,7 +63,7 @@ def _new_statistics(hidden: Tensor) -> tuple[Tensor, Tensor]:
 def _chunks_of_statistics(hidden: Tensor, head: Head, parts: int) -> list[Chunk]:
     """Chunks that keep nothing but ``parts`` statistics of each tile, and as many gathered rows."""
     tiles = settings(hidden.device, hidden.dtype)
-    number = cdiv(head.vocabulary, tiles.part)
+    number = cdiv(head.vocabulary, tiles.columns) * tiles.parts
     row_bytes = parts * (number * 4 + hidden.shape[1] * hidden.element_size())
     return chunks(hidden.shape[0], row_bytes, tuning.STATISTICS)
 
@@ -337,7 +337,8 @@ def scale_cast(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     matrix = x if x.dim() == 2 else x.reshape(1, -1)
     n, h = matrix.shape
-    rows, columns = 4, 1024
+    columns = min(1024, triton.next_power_of_2(h))
+    rows = tuning.elements(architecture(x.device)) // columns
     launch(
         _scale_cast,
         (cdiv(n, rows), cdiv(h, columns)),

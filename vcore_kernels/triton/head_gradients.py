@@ -5,7 +5,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vcore_kernels.triton import tuning
-from vcore_kernels.triton.common import architecture, cast, cdiv, dot, launch, multiprocessors
+from vcore_kernels.triton.common import (
+    architecture,
+    cast,
+    cdiv,
+    dot,
+    halves,
+    launch,
+    multiprocessors,
+)
 from vcore_kernels.triton.head_logits import load_tile, operand, precision, tma_serves
 from vcore_kernels.triton.head_rows import KEPT_SCALE, Chunk, Work
 
@@ -18,6 +26,29 @@ def _unscale(x, p_unit, KEPT_SCALE: tl.constexpr):
     if p_unit is not None:
         x *= tl.load(p_unit)
     return x
+
+
+@triton.jit
+def _put(
+    x,  # [rows, COLUMNS]
+    p_out,
+    i_rows,
+    m_rows,
+    o_column,
+    H,
+    p_unit,
+    ADD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+):
+    """out[rows, columns] (+)= x, out of its units, rounded once."""
+    x = _unscale(x, p_unit, KEPT_SCALE)
+    i_columns = o_column + tl.arange(0, COLUMNS)
+    offsets = i_rows.to(tl.int64)[:, None] * H + i_columns[None, :]
+    mask = m_rows[:, None] & (i_columns < H)[None, :]
+    if ADD:
+        x += tl.load(p_out + offsets, mask=mask, other=0.0)
+    tl.store(p_out + offsets, cast(x, p_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -38,7 +69,9 @@ def _hidden_gradient(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
     TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
 ):
@@ -50,7 +83,7 @@ def _hidden_gradient(
     count = tl.minimum(tl.load(p_counts) - o_chunk, R)
     row_tiles = tl.cdiv(tl.maximum(count, 0), ROWS)
     for i_tile in tl.range(
-        tl.program_id(0), row_tiles * tl.cdiv(H, COLUMNS), programs, flatten=True
+        tl.program_id(0), row_tiles * tl.cdiv(H, COLUMNS), programs, flatten=FLATTEN
     ):
         o_row = (i_tile % row_tiles) * ROWS
         o_column = (i_tile // row_tiles) * COLUMNS
@@ -59,14 +92,17 @@ def _hidden_gradient(
             g = load_tile(p_gradient, s_gradient, o_row, v, R, V, ROWS, DEPTH, TMA)
             w = load_tile(p_weight, s_weight, v, o_column, V, H, DEPTH, COLUMNS, TMA)
             acc = dot(g, w, acc, PRECISION)
-        acc = _unscale(acc, p_unit, KEPT_SCALE)
         i_rows = o_row + tl.arange(0, ROWS)
-        i_columns = o_column + tl.arange(0, COLUMNS)
         m_rows = i_rows < count
-        i_token = tl.load(p_index + o_chunk + i_rows, mask=m_rows, other=0).to(tl.int64)
-        offsets = i_token[:, None] * H + i_columns[None, :]
-        mask = m_rows[:, None] & (i_columns < H)[None, :]
-        tl.store(p_out + offsets, cast(acc, p_out.dtype.element_ty), mask=mask)
+        i_token = tl.load(p_index + o_chunk + i_rows, mask=m_rows, other=0)
+        if PARTS == 1:
+            _put(acc, p_out, i_token, m_rows, o_column, H, p_unit, False, COLUMNS, KEPT_SCALE)
+        else:
+            left, right = halves(acc, ROWS, COLUMNS)
+            half: tl.constexpr = COLUMNS // 2
+            _put(left, p_out, i_token, m_rows, o_column, H, p_unit, False, half, KEPT_SCALE)
+            o_column += half
+            _put(right, p_out, i_token, m_rows, o_column, H, p_unit, False, half, KEPT_SCALE)
 
 
 @triton.jit
@@ -86,7 +122,9 @@ def _weight_gradient(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PARTS: tl.constexpr,
     TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
 ):
@@ -103,7 +141,7 @@ def _weight_gradient(
     tiles = tl.cdiv(V, ROWS) * column_tiles
     if not FIRST:
         tiles = tl.where(count > 0, tiles, 0)
-    for i_tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+    for i_tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
         o_row = (i_tile // column_tiles) * ROWS
         o_column = (i_tile % column_tiles) * COLUMNS
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -111,14 +149,16 @@ def _weight_gradient(
             g = load_tile(p_gradient, s_gradient, r, o_row, R, V, DEPTH, ROWS, TMA)
             h = load_tile(p_hidden, H, r, o_column, R, H, DEPTH, COLUMNS, TMA)
             acc = dot(g.T, h, acc, PRECISION)
-        acc = _unscale(acc, p_unit, KEPT_SCALE)
         i_rows = o_row + tl.arange(0, ROWS)
-        i_columns = o_column + tl.arange(0, COLUMNS)
-        offsets = i_rows.to(tl.int64)[:, None] * H + i_columns[None, :]
-        mask = (i_rows < V)[:, None] & (i_columns < H)[None, :]
-        if not FIRST:
-            acc += tl.load(p_out + offsets, mask=mask, other=0.0)
-        tl.store(p_out + offsets, cast(acc, p_out.dtype.element_ty), mask=mask)
+        m_rows = i_rows < V
+        if PARTS == 1:
+            _put(acc, p_out, i_rows, m_rows, o_column, H, p_unit, not FIRST, COLUMNS, KEPT_SCALE)
+        else:
+            left, right = halves(acc, ROWS, COLUMNS)
+            half: tl.constexpr = COLUMNS // 2
+            _put(left, p_out, i_rows, m_rows, o_column, H, p_unit, not FIRST, half, KEPT_SCALE)
+            o_column += half
+            _put(right, p_out, i_rows, m_rows, o_column, H, p_unit, not FIRST, half, KEPT_SCALE)
 
 
 @triton.jit
@@ -183,7 +223,9 @@ def hidden_gradient(
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
+        PARTS=tiles.parts,
         TMA=tma,
+        FLATTEN=tiles.flatten,
         PRECISION=precision(weight.dtype),
         KEPT_SCALE=KEPT_SCALE[weight.dtype],
         num_warps=tiles.warps,
@@ -222,7 +264,9 @@ def weight_gradient(
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
+        PARTS=tiles.parts,
         TMA=tma,
+        FLATTEN=tiles.flatten,
         PRECISION=precision(hidden.dtype),
         KEPT_SCALE=KEPT_SCALE[hidden.dtype],
         num_warps=tiles.warps,

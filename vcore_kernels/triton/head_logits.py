@@ -16,6 +16,7 @@ from vcore_kernels.triton.common import (
     dot,
     exp,
     expm1,
+    halves,
     launch,
     multiprocessors,
 )
@@ -172,12 +173,6 @@ def _take(
 
 
 @triton.jit
-def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of the columns: each thread's own registers, nothing moves."""
-    return tl.split(x.reshape([ROWS, 2, COLUMNS // 2]).permute(0, 2, 1))
-
-
-@triton.jit
 def _logit_tiles(
     # operands: descriptors with TMA, else pointers
     p_hidden,  # [R, H] rows of the chunk
@@ -223,6 +218,7 @@ def _logit_tiles(
     DEPTH: tl.constexpr,
     PARTS: tl.constexpr,
     TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
@@ -248,7 +244,7 @@ def _logit_tiles(
     row_tiles = tl.cdiv(tl.maximum(count, 0), ROWS)
     column_tiles = tl.cdiv(V, COLUMNS)
     PART: tl.constexpr = COLUMNS // PARTS
-    for i_tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=True):
+    for i_tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=FLATTEN):
         i_row_tile = i_tile % row_tiles
         i_column_tile = i_tile // row_tiles
         o_row = i_row_tile * ROWS
@@ -312,8 +308,8 @@ def _logit_tiles(
                 KEPT_SCALE,
             )
         else:
-            z0, z1 = _halves(z, ROWS, COLUMNS)
-            dz0, dz1 = _halves(dz, ROWS, COLUMNS)
+            z0, z1 = halves(z, ROWS, COLUMNS)
+            dz0, dz1 = halves(dz, ROWS, COLUMNS)
             if PARTS == 2:
                 _take(
                     z0,
@@ -386,8 +382,8 @@ def _logit_tiles(
                     KEPT_SCALE,
                 )
             else:
-                z00, z01 = _halves(z0, ROWS, COLUMNS // 2)
-                dz00, dz01 = _halves(dz0, ROWS, COLUMNS // 2)
+                z00, z01 = halves(z0, ROWS, COLUMNS // 2)
+                dz00, dz01 = halves(dz0, ROWS, COLUMNS // 2)
                 _take(
                     z00,
                     dz00,
@@ -458,8 +454,8 @@ def _logit_tiles(
                     SOFTCAP,
                     KEPT_SCALE,
                 )
-                z10, z11 = _halves(z1, ROWS, COLUMNS // 2)
-                dz10, dz11 = _halves(dz1, ROWS, COLUMNS // 2)
+                z10, z11 = halves(z1, ROWS, COLUMNS // 2)
+                dz10, dz11 = halves(dz1, ROWS, COLUMNS // 2)
                 _take(
                     z10,
                     dz10,
@@ -577,7 +573,7 @@ def statistics_of(
 ) -> TileStatistics:
     """One sweep over the weight: MODE losses, keep, jvp or pair of the kernel."""
     tiles = settings(hidden.device, hidden.dtype, second.products if second else 1)
-    number = cdiv(head.vocabulary, tiles.part)
+    number = cdiv(head.vocabulary, tiles.columns) * tiles.parts  # the last ones may be empty
 
     def of_tiles(wanted: bool) -> Tensor | None:
         shape = (number, chunk.rows)
@@ -667,6 +663,7 @@ def _sweep(
         DEPTH=tiles.depth,
         PARTS=tiles.parts,
         TMA=tma,
+        FLATTEN=tiles.flatten,
         PRECISION=precision(hidden.dtype),
         SOFTCAP=head.softcap != 0,
         KEPT_SCALE=KEPT_SCALE[hidden.dtype],

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcore_kernels.triton import tuning
-from vcore_kernels.triton.common import cast, cdiv, exp, expm1, launch, log1p
+from vcore_kernels.triton.common import architecture, cast, cdiv, exp, expm1, launch, log1p
 
 # dtype of the operands -> what kept exponentials and gradients are multiplied by, so that float16,
 # whose smallest normal number is 6e-5, keeps small probabilities.
@@ -139,7 +139,8 @@ def gather(
     With ``live`` only those that have a gradient, whatever the others hold.
     """
     out = x.new_empty(chunk.rows, x.shape[1])
-    rows, columns = 16, min(1024, triton.next_power_of_2(x.shape[1]))
+    columns = min(1024, triton.next_power_of_2(x.shape[1]))
+    rows = min(tuning.ROW_BLOCK, tuning.elements(architecture(x.device)) // columns)
     grid = (cdiv(chunk.rows, rows), cdiv(x.shape[1], columns))
     strides = (*x.stride(), *(x.stride() if minus is None else minus.stride()))
     launch(
@@ -394,7 +395,7 @@ def logit_gradients_from_kept(
     columns: int,  # of a tile of the statistics
 ) -> None:
     """``kept`` becomes the gradient of the logits' products."""
-    rows = 32
+    rows = min(tuning.ROW_BLOCK, tuning.elements(architecture(kept.device)) // columns)
     launch(
         _logit_gradients,
         (cdiv(chunk.rows, rows), cdiv(head.vocabulary, columns)),

@@ -22,6 +22,7 @@ class Tiles:
     tma: bool = False  # operands by the bulk tensor copy engine where they are aligned
     parts: int = 1  # the results of a tile are taken in this many parts of its columns: 1, 2, 4
     programs: int = 1  # resident on a multiprocessor; the grid is persistent
+    flatten: bool = True  # one loop over tiles and depth: the next tile loads while this one ends
 
     @property
     def part(self) -> int:
@@ -43,37 +44,83 @@ WORKSPACE = 512 << 20
 # The statistics and gathered rows of a chunk without exponentials.
 STATISTICS = 128 << 20
 
+
+def elements(architecture: str) -> int:
+    """Of a block of an elementwise kernel: 16 bytes of bf16 to each of 8 warps' threads, twice."""
+    return 1 << 18 if architecture == "interpreter" else 4096
+
+
 # Logits and their statistics. Keyed by architecture, kind, and the products formed at once: 1, 2
 # (a tangent or perturbed hidden), 3 (and weight). The column tile fixes the order of summation, so
 # it depends on nothing else: a row's loss is the same in every batch.
 LOGITS: dict[tuple[str, str, int], Tiles] = {
-    # Few programs, as each costs the interpreter the same whatever its size.
-    ("interpreter", "half", 1): Tiles(64, 128, 64, 4, 1, tma=True),
-    ("interpreter", "half", 2): Tiles(64, 128, 64, 4, 1, tma=True),
-    ("interpreter", "half", 3): Tiles(64, 128, 64, 4, 1, tma=True),
-    ("interpreter", "float", 1): Tiles(64, 128, 64, 4, 1, tma=True),
-    ("interpreter", "float", 2): Tiles(64, 128, 64, 4, 1, tma=True),
-    ("interpreter", "float", 3): Tiles(64, 128, 64, 4, 1, tma=True),
-    ("sm90", "half", 1): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
-    ("sm90", "half", 2): Tiles(128, 128, 64, 8, 4, tma=True, parts=2),
-    ("sm90", "half", 3): Tiles(128, 128, 64, 8, 3, tma=True, parts=2),
+    ("interpreter", "half", 1): Tiles(64, 512, 64, 4, 1, tma=True, parts=4),
+    ("interpreter", "half", 2): Tiles(64, 512, 64, 4, 1, tma=True, parts=2),
+    ("interpreter", "half", 3): Tiles(64, 256, 64, 4, 1, tma=True),
+    ("interpreter", "float", 1): Tiles(64, 512, 64, 4, 1, tma=True, parts=2),
+    ("interpreter", "float", 2): Tiles(64, 256, 64, 4, 1, tma=True),
+    ("interpreter", "float", 3): Tiles(64, 512, 64, 4, 1, tma=True, parts=4),
+    ("sm80", "half", 1): Tiles(128, 128, 64, 8, 3, parts=2),
+    ("sm80", "half", 2): Tiles(128, 128, 32, 8, 3, parts=4),
+    ("sm80", "half", 3): Tiles(128, 64, 64, 8, 2, parts=2),
+    ("sm80", "float", 1): Tiles(64, 64, 32, 4, 3),
+    ("sm80", "float", 2): Tiles(64, 64, 32, 4, 3, parts=2),
+    ("sm80", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2),
+    ("sm89", "half", 1): Tiles(128, 128, 32, 8, 3, parts=2),
+    ("sm89", "half", 2): Tiles(128, 128, 32, 8, 3, parts=4),
+    ("sm89", "half", 3): Tiles(128, 128, 32, 8, 2, parts=4),
+    ("sm89", "float", 1): Tiles(64, 64, 32, 4, 3),
+    ("sm89", "float", 2): Tiles(64, 64, 32, 4, 3, parts=2),
+    ("sm89", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2),
+    ("sm90", "half", 1): Tiles(128, 256, 64, 8, 3, tma=True, parts=4),
+    ("sm90", "half", 2): Tiles(128, 128, 64, 8, 4, tma=True, parts=4),
+    ("sm90", "half", 3): Tiles(128, 128, 64, 8, 3, tma=True, parts=4),
     ("sm90", "float", 1): Tiles(64, 64, 32, 4, 3),
-    ("sm90", "float", 2): Tiles(64, 64, 32, 4, 3),
-    ("sm90", "float", 3): Tiles(64, 64, 32, 4, 3),
+    ("sm90", "float", 2): Tiles(64, 64, 32, 4, 3, parts=2),
+    ("sm90", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2),
+    ("sm100", "half", 1): Tiles(128, 256, 64, 8, 3, tma=True, parts=4),
+    ("sm100", "half", 2): Tiles(128, 128, 64, 8, 4, tma=True, parts=4),
+    # flattened, Triton 3.7 compiles these three products to an empty kernel
+    ("sm100", "half", 3): Tiles(128, 128, 64, 8, 2, tma=True, parts=4, flatten=False),
+    ("sm100", "float", 1): Tiles(64, 64, 32, 4, 3),
+    ("sm100", "float", 2): Tiles(64, 64, 32, 4, 3, parts=2),
+    ("sm100", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2),
+    ("gfx942", "half", 1): Tiles(128, 128, 64, 8, 2, parts=2),
+    ("gfx942", "half", 2): Tiles(128, 128, 32, 8, 2, parts=4),
+    ("gfx942", "half", 3): Tiles(128, 128, 32, 8, 2, parts=4),
+    ("gfx942", "float", 1): Tiles(64, 64, 32, 4, 2),
+    ("gfx942", "float", 2): Tiles(64, 64, 32, 4, 2, parts=2),
+    ("gfx942", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2),
 }
 
 # Gradient of hidden: rows x H over the vocabulary.
 HIDDEN_GRADIENT: dict[tuple[str, str], Tiles] = {
-    ("interpreter", "half"): Tiles(64, 128, 128, 4, 1, tma=True),
-    ("interpreter", "float"): Tiles(64, 128, 128, 4, 1, tma=True),
-    ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True),
+    ("interpreter", "half"): Tiles(64, 128, 512, 4, 1, tma=True, parts=2),
+    ("interpreter", "float"): Tiles(64, 128, 512, 4, 1, tma=True),
+    ("sm80", "half"): Tiles(128, 128, 64, 8, 3),
+    ("sm80", "float"): Tiles(64, 64, 32, 4, 3),
+    ("sm89", "half"): Tiles(128, 128, 32, 8, 3),
+    ("sm89", "float"): Tiles(64, 64, 32, 4, 3),
+    ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
     ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
+    ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
+    ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
+    ("gfx942", "half"): Tiles(128, 128, 64, 8, 2),
+    ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
 
 # Gradient of weight: V x H over the rows of a chunk.
 WEIGHT_GRADIENT: dict[tuple[str, str], Tiles] = {
-    ("interpreter", "half"): Tiles(128, 64, 64, 4, 1, tma=True),
-    ("interpreter", "float"): Tiles(128, 64, 64, 4, 1, tma=True),
-    ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True),
+    ("interpreter", "half"): Tiles(512, 64, 64, 4, 1, tma=True, parts=2),
+    ("interpreter", "float"): Tiles(512, 64, 64, 4, 1, tma=True),
+    ("sm80", "half"): Tiles(128, 128, 64, 8, 3, parts=2),
+    ("sm80", "float"): Tiles(64, 64, 32, 4, 3),
+    ("sm89", "half"): Tiles(128, 128, 32, 8, 3, parts=2),
+    ("sm89", "float"): Tiles(64, 64, 32, 4, 3),
+    ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
     ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
+    ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
+    ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
+    ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, parts=2),
+    ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
