@@ -21,7 +21,7 @@ if MODE not in ("auto", "0", "1"):
 
 
 class CMakeBuild(build_ext):
-    """Builds ``vcore_kernels/_C.so``, a plain shared library for torch.ops.load_library."""
+    """Builds ``vcore_kernels/_C.so`` and, with CUDA, ``_C_cuda.so`` for torch.ops.load_library."""
 
     def run(self):
         try:
@@ -57,10 +57,15 @@ class CMakeBuild(build_ext):
         ]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", build, "--parallel"], check=True)
+        # Nothing where CMake found no CUDA. The CPU kernels stand whatever becomes of it.
+        if subprocess.run([cmake, "--build", build, "--parallel", "--target", "cuda"]).returncode:
+            (build / "_C_cuda.so").unlink(missing_ok=True)
+            warnings.warn("the CUDA kernels were not built; Triton serves in their place", stacklevel=1)
         subprocess.run([cmake, "--install", build, "--prefix", prefix], check=True)
 
     def get_outputs(self):
-        return [str(Path(self.build_lib) / "vcore_kernels" / "_C.so")]
+        folder = Path(self.build_lib) / "vcore_kernels"
+        return [str(folder / "_C.so"), *map(str, folder.glob("_C_cuda.so"))]
 
 
 setup(

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "perturb_arguments.h"
 #include "perturb_kernels.h"
 
 namespace vcore {
@@ -42,21 +43,6 @@ Kernels kernels() {
 #endif
     default:
       return {baseline::perturb_run, baseline::copy_bytes};
-  }
-}
-
-Float float_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Float::f32;
-    case at::kBFloat16:
-      return Float::bf16;
-    case at::kHalf:
-      return Float::f16;
-    case at::kDouble:
-      return Float::f64;
-    default:
-      TORCH_CHECK_TYPE(false, "perturb_: no kernel for ", tensor.scalar_type());
   }
 }
 
@@ -98,45 +84,11 @@ int64_t total_bytes(TensorList tensors) {
   return bytes;
 }
 
-void check_dense(TensorList tensors, const char* name) {
-  for (const auto& tensor : tensors) {
-    TORCH_CHECK_VALUE(tensor.is_non_overlapping_and_dense(), "perturb_: ", name,
-                      " must be dense in memory");
-  }
-}
-
-void check_saved(TensorList params, TensorList saved) {
-  TORCH_CHECK_VALUE(params.size() == saved.size(), "perturb_: ", params.size(), " params, ",
-                    saved.size(), " saved");
-  check_dense(params, "params");
-  check_dense(saved, "saved");
-  for (size_t t = 0; t < params.size(); ++t) {
-    TORCH_CHECK_VALUE(saved[t].nbytes() >= params[t].nbytes(), "perturb_: saved[", t, "] has ",
-                      saved[t].nbytes(), " bytes, expected ", params[t].nbytes());
-  }
-}
-
 // counts int64 [tensors, 3]: nonzero entries of the direction, entries moved, whether the direction
 // is not finite. Written if and only if everything has moved.
 void perturb(TensorList params, TensorList direction, TensorList saved, double epsilon,
              std::optional<int64_t> seed, const Tensor& result) {
-  check_saved(params, saved);
-  check_dense(direction, "direction");
-  TORCH_CHECK_VALUE(params.size() == direction.size(), "perturb_: ", params.size(), " params, ",
-                    direction.size(), " directions");
-  TORCH_CHECK_VALUE(result.numel() == 3 * static_cast<int64_t>(params.size()) &&
-                        result.scalar_type() == at::kLong && result.is_contiguous(),
-                    "perturb_: counts must be int64 [tensors, 3]");
-  std::vector<PerturbRun> whole;
-  for (size_t t = 0; t < params.size(); ++t) {
-    TORCH_CHECK_VALUE(
-        params[t].sizes() == direction[t].sizes() && params[t].strides() == direction[t].strides(),
-        "perturb_: direction[", t, "] must have the shape and strides of params[", t, "]");
-    TORCH_CHECK_TYPE(!seed || params[t].scalar_type() != at::kDouble,
-                     "perturb_: no stochastic rounding for float64");
-    whole.push_back({params[t].data_ptr(), direction[t].const_data_ptr(), saved[t].data_ptr(), 0, 0,
-                     float_type(params[t]), float_type(direction[t]), static_cast<uint32_t>(t)});
-  }
+  const std::vector<PerturbRun> whole = perturb_runs(params, direction, saved, seed, result);
   const bool swap = !params.empty() && saved[0].is_same(direction[0]);
   const PerturbOptions options{epsilon, static_cast<uint64_t>(seed.value_or(0)), seed.has_value(),
                                !swap && total_bytes(params) >= kStreamBytes};
@@ -160,10 +112,7 @@ void perturb(TensorList params, TensorList direction, TensorList saved, double e
 
 void perturb_swap(TensorList params, TensorList direction, double epsilon,
                   std::optional<int64_t> seed, const Tensor& counts) {
-  for (size_t t = 0; t < params.size(); ++t) {
-    TORCH_CHECK_TYPE(t >= direction.size() || params[t].dtype() == direction[t].dtype(),
-                     "perturb_swap_: direction[", t, "] must have the dtype of params[", t, "]");
-  }
+  check_swap(params, direction);
   perturb(params, direction, direction, epsilon, seed, counts);
 }
 

@@ -3,10 +3,10 @@
 //
 // A block of g is widened to the accumulation type into a local buffer, the old bits of theta are
 // copied out (into g's own storage when values are swapped: g is already in the buffer), then theta
-// is rewritten. The product and the difference are each rounded to the accumulation type, never
-// fused, so that every instruction set and the PyTorch reference give the same bits; this file is
-// compiled with -ffp-contract=off.
+// is rewritten. This file is compiled with -ffp-contract=off (perturb_formats.h).
 #include "perturb_kernels.h"
+
+#include "perturb_formats.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,127 +14,6 @@
 
 namespace vcore::VCORE_ISA {
 namespace {
-
-template <class To, class From>
-inline To bits(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To result;
-  __builtin_memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
-// condition ? yes : no without a branch, so that loops over it vectorise.
-inline float select(bool condition, float yes, float no) {
-  const uint32_t mask = -static_cast<uint32_t>(condition);
-  return bits<float>((bits<uint32_t>(yes) & mask) | (bits<uint32_t>(no) & ~mask));
-}
-inline double select(bool condition, double yes, double no) {
-  const uint64_t mask = -static_cast<uint64_t>(condition);
-  return bits<double>((bits<uint64_t>(yes) & mask) | (bits<uint64_t>(no) & ~mask));
-}
-
-// ---- storage types: what one entry is in memory, its accumulation type, widening and narrowing
-// ----
-
-struct F32 {
-  using Storage = uint32_t;
-  using Acc = float;
-  static constexpr Storage kInfinity = 0x7f800000u;
-  static Acc widen(Storage x) { return bits<float>(x); }
-  static Storage narrow(Acc x) { return bits<uint32_t>(x); }
-};
-
-struct F64 {
-  using Storage = uint64_t;
-  using Acc = double;
-  static constexpr Storage kInfinity = 0x7ff0000000000000u;
-  static Acc widen(Storage x) { return bits<double>(x); }
-  static Storage narrow(Acc x) { return bits<uint64_t>(x); }
-};
-
-// float32 under stochastic rounding: accumulated in double, of which 29 bits are rounded away at
-// random.
-struct F32Stochastic {
-  using Storage = uint32_t;
-  using Acc = double;
-  static Acc widen(Storage x) { return bits<float>(x); }
-  static Storage narrow(Acc x, uint32_t random) {
-    const double size = __builtin_fabs(x);
-    const uint64_t mask = (uint64_t{1} << 29) - 1;
-    const double normal = bits<double>((bits<uint64_t>(x) + (random & mask)) & ~mask);
-    // Subnormal results lie on a fixed grid of 2^-149.
-    const bool small = size < 0x1p-126;
-    const double units = select(small, size, 0.0) * 0x1p149 + random * 0x1p-32;
-    const double grid = static_cast<double>(static_cast<int32_t>(units));
-    const double subnormal = __builtin_copysign(grid * 0x1p-149, x);
-    const double rounded = select(small, subnormal, normal);
-    return bits<uint32_t>(static_cast<float>(select(size <= 0x1.fffffep127, rounded, x)));
-  }
-};
-
-struct BF16 {
-  using Storage = uint16_t;
-  using Acc = float;
-  static constexpr Storage kInfinity = 0x7f80u;
-  static Acc widen(Storage x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
-  static Storage narrow(Acc x) {
-    const uint32_t u = bits<uint32_t>(x);
-    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
-};
-
-struct BF16Stochastic : BF16 {
-  static Storage narrow(Acc x, uint32_t random) {
-    const uint32_t u = bits<uint32_t>(x);
-    const float rounded = bits<float>((u + (random & 0xffffu)) & ~0xffffu);
-    return BF16::narrow(select((u & 0x7f800000u) == 0x7f800000u, x, rounded));
-  }
-};
-
-// Half precision by integer arithmetic (the method of Maratyszcza's FP16 library): it vectorises
-// everywhere.
-struct F16 {
-  using Storage = uint16_t;
-  using Acc = float;
-  static constexpr Storage kInfinity = 0x7c00u;
-  static Acc widen(Storage x) {
-    const uint32_t w = static_cast<uint32_t>(x) << 16;
-    const uint32_t twice = w + w;
-    const float normal = bits<float>((twice >> 4) + (0xE0u << 23)) * 0x1p-112f;
-    const float subnormal = bits<float>((twice >> 17) | (126u << 23)) - 0.5f;
-    const uint32_t size = twice < (1u << 27) ? bits<uint32_t>(subnormal) : bits<uint32_t>(normal);
-    return bits<float>((w & 0x80000000u) | size);
-  }
-  static Storage narrow(Acc x) {
-    const uint32_t w = bits<uint32_t>(x);
-    const uint32_t twice = w + w;
-    uint32_t bias = twice & 0xff000000u;
-    bias = bias < 0x71000000u ? 0x71000000u : bias;
-    const float base =
-        bits<float>((bias >> 1) + 0x07800000u) + (__builtin_fabsf(x) * 0x1p112f) * 0x1p-110f;
-    const uint32_t u = bits<uint32_t>(base);
-    const uint32_t size = twice > 0xff000000u ? 0x7e00u : ((u >> 13) & 0x7c00u) + (u & 0x0fffu);
-    return static_cast<uint16_t>(((w & 0x80000000u) >> 16) | size);
-  }
-};
-
-struct F16Stochastic : F16 {
-  static Storage narrow(Acc x, uint32_t random) { return F16::narrow(on_grid(x, random)); }
-  // x rounded at random to a float that half precision holds exactly.
-  static Acc on_grid(Acc x, uint32_t random) {
-    const uint32_t u = bits<uint32_t>(x);
-    const float size = __builtin_fabsf(x);
-    const float normal = bits<float>((u + (random & 0x1fffu)) & ~0x1fffu);
-    // Subnormal results lie on a fixed grid of 2^-24.
-    const bool small = size < 0x1p-14f;
-    const float units =
-        select(small, size, 0.0f) * 0x1p24f + static_cast<float>(random >> 8) * 0x1p-24f;
-    const float grid = static_cast<float>(static_cast<int32_t>(units));
-    const float subnormal = __builtin_copysignf(grid * 0x1p-24f, x);
-    return select((u & 0x7f800000u) == 0x7f800000u, x, select(small, subnormal, normal));
-  }
-};
 
 #if defined(__F16C__)
 // Where the CPU converts half precision itself, a block is widened first, moved as floats and
@@ -173,33 +52,15 @@ constexpr bool same<T, T> = true;
 
 // ---- random bits ----
 
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Entry e of a
-// tensor takes word (e % 1024) / 256 of counter (e / 1024) * 256 + e % 256.
-void philox(uint32_t out[kPerturbBlock], uint64_t seed, uint32_t tensor, uint64_t block) {
+// The words of block `block` of a tensor, in the order of its entries.
+void philox_block(uint32_t out[kPerturbBlock], uint64_t seed, uint32_t tensor, uint64_t block) {
   constexpr int kCounters = kPerturbBlock / 4;
   for (int i = 0; i < kCounters; ++i) {
-    const uint64_t counter = block * kCounters + i;
-    uint32_t c0 = static_cast<uint32_t>(counter);
-    uint32_t c1 = static_cast<uint32_t>(counter >> 32);
-    uint32_t c2 = tensor;
-    uint32_t c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed);
-    uint32_t k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t{0xD2511F53u} * c0;
-      const uint64_t p1 = uint64_t{0xCD9E8D57u} * c2;
-      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(p1);
-      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(p0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    out[i] = c0;
-    out[kCounters + i] = c1;
-    out[2 * kCounters + i] = c2;
-    out[3 * kCounters + i] = c3;
+    const Words words = philox(seed, tensor, block * kCounters + i);
+    out[i] = words.word[0];
+    out[kCounters + i] = words.word[1];
+    out[2 * kCounters + i] = words.word[2];
+    out[3 * kCounters + i] = words.word[3];
   }
 }
 
@@ -352,7 +213,7 @@ PerturbCounts run(const PerturbRun& call, const PerturbOptions& options) {
   for (int64_t start = 0; start < call.size; start += kBlock) {
     const int n = static_cast<int>(call.size - start < kBlock ? call.size - start : kBlock);
     if constexpr (kStochastic) {
-      philox(random, options.seed, call.tensor, (call.offset + start) / kPerturbBlock);
+      philox_block(random, options.seed, call.tensor, (call.offset + start) / kPerturbBlock);
     }
     move<Type, Direction, kStochastic>(
         static_cast<Storage*>(call.theta) + start,
