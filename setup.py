@@ -60,7 +60,9 @@ class CMakeBuild(build_ext):
         # Nothing where CMake found no CUDA. The CPU kernels stand whatever becomes of it.
         if subprocess.run([cmake, "--build", build, "--parallel", "--target", "cuda"]).returncode:
             (build / "_C_cuda.so").unlink(missing_ok=True)
-            warnings.warn("the CUDA kernels were not built; Triton serves in their place", stacklevel=1)
+            warnings.warn(
+                "the CUDA kernels were not built; Triton serves in their place", stacklevel=1
+            )
         subprocess.run([cmake, "--install", build, "--prefix", prefix], check=True)
 
     def get_outputs(self):

@@ -186,7 +186,9 @@ def source_of(launch: common.Launch, target: Target) -> Source:
     backend = make_backend(target.gpu)
     kernel = launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if not launch.enable_fp_fusion:
+        options["enable_fp_fusion"] = False
     bound, specialization, extra = bind(*launch.args, **launch.constants, **options)
     _, signature, constants, attributes = kernel._pack_args(
         backend, {**launch.constants, **options}, bound, specialization, extra

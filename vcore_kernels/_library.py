@@ -1,7 +1,8 @@
 """The operator library ``torch.ops.vcore_kernels``: schemas are declared here in Python, once each.
 
-The compiled library (``_C.so``, built from ``csrc/``) only supplies implementations for the CPU
-dispatch key and is optional. Every op module calls :func:`define` for its own operators.
+The compiled libraries (``_C.so`` for the CPU dispatch key, ``_C_cuda.so`` for CUDA; built from
+``csrc/``) only supply implementations and are optional. Every op module calls :func:`define` for
+its own operators.
 """
 
 import os
@@ -14,6 +15,7 @@ import torch.autograd.forward_ad as fwAD
 NAMESPACE = "vcore_kernels"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 COMPILED_PATH = Path(__file__).with_name("_C.so")
+CUDA_PATH = Path(__file__).with_name("_C_cuda.so")
 # Triton's interpreter: the Triton kernels then serve CPU tensors in the place of the compiled ones.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -77,20 +79,28 @@ def differentiable(name: str, function: type[torch.autograd.Function], forward: 
     LIBRARY.impl(name, kernel, "Autograd")
 
 
-def _load() -> str | None:
-    """Loads the compiled kernels; returns why that was not possible, or None."""
+def _load(path: Path, how_to_build: str) -> str | None:
+    """Loads compiled kernels; returns why that was not possible, or None."""
     if INTERPRETED:
-        return "TRITON_INTERPRET=1: in this process Triton's interpreter takes the CPU's operators"
-    if not COMPILED_PATH.exists():
-        return f"{COMPILED_PATH.name} is not built (install with VCORE_BUILD_CPP=1 to see why)"
+        return "TRITON_INTERPRET=1: in this process Triton's interpreter takes the place of it"
+    if not path.exists():
+        return f"{path.name} is not built ({how_to_build})"
     try:
-        torch.ops.load_library(str(COMPILED_PATH))
+        torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{COMPILED_PATH.name} does not load with torch {torch.__version__}: {error}"
+        return f"{path.name} does not load with torch {torch.__version__}: {error}"
     return None
 
 
-WHY_NOT_COMPILED = _load()
+def _why_not_cuda() -> str | None:
+    why_not = _load(CUDA_PATH, "installing builds it where it finds nvcc and a torch with CUDA")
+    if why_not is None and not torch.cuda.is_available():
+        return "no CUDA device is usable here"
+    return why_not
+
+
+WHY_NOT_COMPILED = _load(COMPILED_PATH, "install with VCORE_BUILD_CPP=1 to see why")
+WHY_NOT_CUDA = _why_not_cuda()
 
 
 def check_compiled() -> None:

@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vcore_kernels._library import define
 from vcore_kernels.backends import reference_perturb as reference
-from vcore_kernels.backends import resolve
+from vcore_kernels.backends import resolve, triton
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -67,9 +68,14 @@ def _fake_nothing(*_) -> None:
     return None
 
 
-# `counts` int64 [tensors, 3]: for each tensor, how many entries of the direction are not zero, how
-# many of theta moved, and whether the direction holds NaN or infinity. It is the caller's, so that
-# whoever is interrupted on the way out of the operator (Ctrl-C) still sees what has moved.
+# `counts` int64 [tensors, 3], filled with -1: for each tensor that has moved, how many entries of
+# the direction are not zero, how many of theta moved, and a number that is zero where the direction
+# is finite; -1 stays where nothing has moved. It is the caller's, so that whoever is interrupted on
+# the way out of the operator (Ctrl-C) still sees what has moved.
+#
+# On GPUs an operator moves the tensors that are on the device of `counts`: one call for each device.
+# It only enqueues, and can be captured in a CUDA graph. The kernel that fills a row of `counts` is
+# the one that saves and moves the tensor, so that whoever reads the row has waited for both.
 define(
     "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!)[] saved, float epsilon,"
     " int? seed, Tensor(c!) counts) -> ()",
@@ -81,6 +87,14 @@ define(
     _fake_nothing,
 )
 define("restore_(Tensor(a!)[] params, Tensor[] saved) -> ()", _fake_nothing)
+triton.implement("perturb", "perturb_", "perturb_swap_", "restore_")
+
+
+def _kernels(backend: str) -> Any:
+    """What has the three operators of a backend, by their names."""
+    if backend == "triton":  # in the operators the compiled CUDA library comes before Triton
+        return import_module("vcore_kernels.triton.perturb")
+    return reference if backend == "reference" else torch.ops.vcore_kernels
 
 
 # ---- public functions ----
@@ -128,19 +142,19 @@ def _perturb(
 
     held = [extent for extent in plan.extents if extent.written]
     perturbation = Perturbation(plan.params, chosen, held)
+    counts = _Counts(plan.params, chosen)
     _begin(perturbation, plan.extents)
-    made.append(perturbation)
-    counts = torch.full((len(plan.params), 3), _NOT_MOVED)
     try:
+        made.append(perturbation)
         if consume_direction:
             perturbation.saved = plan.direction
         else:
             perturbation.saved, perturbation.buffers = _take_backup(plan.params)
         _move(perturbation, plan.direction, epsilon, seed, counts)
         _bump_versions([*plan.params, *(plan.direction if consume_direction else [])])
-        _check_counts(perturbation, counts, rounding)
+        _check_counts(perturbation, counts.read(), rounding)
     except BaseException:  # Ctrl-C included
-        perturbation.keep_only((counts[:, 0] != _NOT_MOVED).tolist())
+        perturbation.keep_only((counts.read()[:, 0] != _NOT_MOVED).tolist())
         restore_(perturbation)
         raise
 
@@ -148,20 +162,36 @@ def _perturb(
 _NOT_MOVED = -1  # in `counts`
 
 
+class _Counts:
+    """The operators' `counts`, one tensor for each device."""
+
+    def __init__(self, params: Sequence[Tensor], backend: str):
+        devices = (
+            {torch.device("cpu"): 0} if backend == "reference" else {p.device: 0 for p in params}
+        )
+        self.by_device = [
+            torch.full((len(params), 3), _NOT_MOVED, device=device) for device in devices
+        ]
+
+    def read(self) -> Tensor:
+        """All of it, on the CPU. Waits for GPUs: the one synchronisation of a move."""
+        return torch.stack([counts.cpu() for counts in self.by_device]).amax(0)
+
+
 def _move(
     perturbation: Perturbation,
     direction: list[Tensor],
     epsilon: float,
     seed: int | None,
-    counts: Tensor,
+    counts: _Counts,
 ) -> None:
     params, saved = perturbation.params, perturbation.saved
-    if perturbation.backend == "reference":
-        reference.perturb_(params, direction, saved, epsilon, seed, counts)
-    elif saved is direction:
-        torch.ops.vcore_kernels.perturb_swap_(params, direction, epsilon, seed, counts)
-    else:
-        torch.ops.vcore_kernels.perturb_(params, direction, saved, epsilon, seed, counts)
+    kernels = _kernels(perturbation.backend)
+    for on_device in counts.by_device:
+        if saved is direction:
+            kernels.perturb_swap_(params, direction, epsilon, seed, on_device)
+        else:
+            kernels.perturb_(params, direction, saved, epsilon, seed, on_device)
 
 
 @torch.no_grad()
@@ -185,10 +215,7 @@ def restore_(perturbation: Perturbation) -> None:
     params = [param for n, param in enumerate(perturbation.params) if n not in moved]
     saved = [keep for n, keep in enumerate(perturbation.saved) if n not in moved]
     if params:
-        if perturbation.backend == "reference":
-            reference.restore_(params, saved)
-        else:
-            torch.ops.vcore_kernels.restore_(params, saved)
+        _kernels(perturbation.backend).restore_(params, saved)
         _bump_versions(params)
     _end(perturbation)
     if moved:
@@ -242,7 +269,8 @@ def perturbed(
         generator: source of the one seed that stochastic rounding draws (None: the CPU's default
             generator). The result depends on that seed alone, not on the number of threads or the
             backend.
-        backend: "auto", "cpp" or "reference"; both give the same bits.
+        backend: "auto", "cpp", "cuda", "triton" or "reference"; all give the same bits (of NaN
+            parameters, only that they are NaN).
 
     Yields:
         The :class:`Perturbation`, whose ``stalled`` is the share of the entries with a nonzero
@@ -460,7 +488,14 @@ def _level_outside() -> int:
 
 _lock = threading.Lock()
 _perturbed_now: "weakref.WeakSet[Perturbation]" = weakref.WeakSet()
-_free_buffers: dict[torch.device, Tensor] = {}  # one for each device
+_free_buffers: dict["_Queue", Tensor] = {}
+_Queue = tuple[
+    torch.device, int
+]  # a device and a stream of it: the order in which buffers are used
+
+
+def _current_queue(device: torch.device) -> _Queue:
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _begin(perturbation: Perturbation, extents: Sequence[_Extent]) -> None:
@@ -476,14 +511,17 @@ def _begin(perturbation: Perturbation, extents: Sequence[_Extent]) -> None:
 
 
 def _end(perturbation: Perturbation) -> None:
-    """Takes the perturbation off the list and keeps its buffers for the next one."""
+    """Takes the perturbation off the list and keeps its buffers for the next one on its stream."""
     perturbation.active = False
     with _lock:
         _perturbed_now.discard(perturbation)
         for buffer in perturbation.buffers:
-            kept = _free_buffers.get(buffer.device)
+            queue = _current_queue(buffer.device)
+            if buffer.is_cuda:  # it may have been made on another stream
+                buffer.record_stream(torch.cuda.current_stream(buffer.device))
+            kept = _free_buffers.get(queue)
             if kept is None or kept.numel() < buffer.numel():
-                _free_buffers[buffer.device] = buffer
+                _free_buffers[queue] = buffer
     perturbation.saved, perturbation.buffers = [], []
 
 
@@ -495,7 +533,7 @@ def _take_backup(params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         numbers = [n for n, param in enumerate(params) if param.device == device]
         sizes = [-(-params[n].nbytes // _ALIGNMENT) * _ALIGNMENT for n in numbers]
         with _lock:
-            buffer = _free_buffers.pop(device, None)
+            buffer = _free_buffers.pop(_current_queue(device), None)
         if buffer is None or buffer.numel() < sum(sizes):
             buffer = None  # released before the larger one is allocated
             with torch.inference_mode(False):

@@ -22,8 +22,11 @@ def bf16_engine(request):
     choose("auto")
 
 
-def backend_params():
-    """Every backend; under Triton's interpreter (marker interpreter) the Triton kernels alone."""
+def backend_params(*on_gpu):
+    """Every backend that serves all operators, and those of ``on_gpu``.
+
+    Under Triton's interpreter (marker interpreter) the Triton kernels alone.
+    """
     if INTERPRETED:
         return [pytest.param("triton", marks=pytest.mark.interpreter)]
     unless = {
@@ -33,17 +36,30 @@ def backend_params():
     return [
         "reference",
         pytest.param("cpp", marks=unless["cpp"]),
-        pytest.param("triton", marks=[pytest.mark.gpu, unless["triton"]]),
+        *(
+            pytest.param(name, marks=[pytest.mark.gpu, unless[name]])
+            for name in ("triton", *on_gpu)
+        ),
     ]
+
+
+@pytest.fixture(params=backend_params("cuda"))
+def perturb_backend(request):
+    """As ``backend``, and the compiled CUDA library, which has the in-place perturbation alone."""
+    yield from _made_for(request.param)
 
 
 @pytest.fixture(params=backend_params())
 def backend(request):
-    """With the Triton kernels on a GPU, whatever a test makes is made there."""
+    """With kernels for a GPU, whatever a test makes is made there."""
     wide = request.node.callspec.params.get("dtype") == torch.float64
     if wide and request.param == "triton" and "test_head" in request.node.nodeid:
         pytest.skip("the Triton kernels have no float64 products")
-    if request.param == "triton" and not INTERPRETED:
+    yield from _made_for(request.param)
+
+
+def _made_for(backend):
+    if backend in ("triton", "cuda") and not INTERPRETED:
         torch.set_default_device("cuda")
-    yield request.param
+    yield backend
     torch.set_default_device(None)

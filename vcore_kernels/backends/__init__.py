@@ -1,5 +1,5 @@
 """Which backend serves a call: ``reference`` (eager PyTorch), ``cpp`` (compiled CPU kernels),
-``triton`` (CUDA and ROCm)."""
+``cuda`` (compiled CUDA kernels, in-place perturbation alone), ``triton`` (CUDA and ROCm)."""
 
 import logging
 import os
@@ -33,6 +33,7 @@ class Support:
 
 YES = Support(True)
 _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CUDA_OPS = ("perturb_",)
 _TRITON_DTYPES = _CPP_DTYPES
 _TRITON_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCTS = (
@@ -59,6 +60,7 @@ def backends() -> dict[str, Support]:
     return {
         "reference": YES,
         "cpp": _support(_library.WHY_NOT_COMPILED),
+        "cuda": _support(_library.WHY_NOT_CUDA),
         "triton": _support(triton.WHY_NOT),
     }
 
@@ -70,7 +72,7 @@ def supports(backend: str, op: str, *tensors: torch.Tensor) -> Support:
         raise ValueError(f"unknown backend {backend!r}: expected auto, {', '.join(backends())}")
     if not available or backend == "reference":
         return available
-    serves = _cpp_serves if backend == "cpp" else _triton_serves
+    serves = {"cpp": _cpp_serves, "cuda": _cuda_serves, "triton": _triton_serves}[backend]
     for tensor in tensors:
         support = serves(op, tensor)
         if not support:
@@ -86,6 +88,16 @@ def _cpp_serves(op: str, tensor: torch.Tensor) -> Support:
     return YES
 
 
+def _cuda_serves(op: str, tensor: torch.Tensor) -> Support:
+    if op not in _CUDA_OPS:
+        return Support(False, f"cuda has no kernel for {op}")
+    if tensor.device.type != "cuda":
+        return Support(False, f"cuda serves CUDA tensors, got {tensor.device}")
+    if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
+        return Support(False, f"cuda has no kernel for {tensor.dtype}")
+    return _capable("cuda", tensor.device)
+
+
 def _triton_serves(op: str, tensor: torch.Tensor) -> Support:
     expected = "cpu" if triton.INTERPRETED else "cuda"
     if tensor.device.type != expected:
@@ -94,12 +106,15 @@ def _triton_serves(op: str, tensor: torch.Tensor) -> Support:
     if tensor.is_floating_point() and tensor.dtype not in dtypes:
         return Support(False, f"triton has no kernel for {op} in {tensor.dtype}")
     if expected == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(tensor.device)
-        if capability < (8, 0):
-            name = ".".join(map(str, capability))
-            return Support(
-                False, f"triton needs compute capability 8.0, {tensor.device} has {name}"
-            )
+        return _capable("triton", tensor.device)
+    return YES
+
+
+def _capable(backend: str, device: torch.device) -> Support:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = ".".join(map(str, capability))
+        return Support(False, f"{backend} needs compute capability 8.0, {device} has {name}")
     return YES
 
 
@@ -110,7 +125,7 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor) -> str:
     raises :class:`BackendError`.
     """
     if backend == "auto":
-        fast = [] if triton.INTERPRETED else ["cpp", "triton"]
+        fast = [] if triton.INTERPRETED else ["cpp", "cuda", "triton"]
         chosen = next((name for name in fast if supports(name, op, *tensors)), "reference")
     else:
         chosen = backend

@@ -11,7 +11,8 @@ from torch import Tensor
 from vcore_kernels.backends.reference import statistics_dtype
 
 _LOW = 0xFFFFFFFF
-_BITS = {
+# The integers as wide as the entries.
+BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
     torch.bfloat16: torch.int16,
@@ -56,12 +57,23 @@ def _perturb_one(
         acc = torch.float64
     moved = theta.to(acc) - g.to(acc) * epsilon
     new = moved.to(theta.dtype) if seed is None else _round(moved, theta.dtype, seed, number)
-    bits = _BITS[theta.dtype]
+    bits = BITS[theta.dtype]
     changed = (new.view(bits) != theta.view(bits)).sum()
     row = torch.stack([(g != 0).sum(), changed, (~g.isfinite()).any()]).cpu()
     keep.view(torch.uint8)[: theta.nbytes] = theta.view(torch.uint8)
     counts[number] = row
     theta.copy_(new)
+
+
+def perturb_swap_(
+    params: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    epsilon: float,
+    seed: int | None,
+    counts: Tensor,
+) -> None:
+    """:func:`perturb_` that puts the old bits in the place of the direction."""
+    perturb_(params, direction, direction, epsilon, seed, counts)
 
 
 def restore_(params: Sequence[Tensor], saved: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ from importlib import import_module
 
 import torch
 
-from vcore_kernels._library import INTERPRETED, LIBRARY
+from vcore_kernels._library import INTERPRETED, LIBRARY, NAMESPACE
 
 __all__ = ["INTERPRETED", "WHY_NOT", "implement"]
 
@@ -30,13 +30,16 @@ WHY_NOT = _why_not()
 def implement(module: str, *names: str) -> None:
     """Makes ``vcore_kernels.triton.<module>.<name>`` the CUDA kernel of each operator ``name``.
 
-    Under Triton's interpreter also the CPU kernel, in the place of the compiled library.
+    Unless the compiled CUDA library has one. Under Triton's interpreter also the CPU kernel, in the
+    place of the compiled library.
     """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:
 
         def kernel(*args, _name=name):
             return getattr(import_module(f"vcore_kernels.triton.{module}"), _name)(*args)
 
-        LIBRARY.impl(name, kernel, "CUDA")
+        if not has_kernel(f"{NAMESPACE}::{name}", "CUDA"):
+            LIBRARY.impl(name, kernel, "CUDA")
         if INTERPRETED:
             LIBRARY.impl(name, kernel, "CPU")

@@ -33,6 +33,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    enable_fp_fusion: bool = True
 
 
 # A list to which launches are appended *instead of* being run (benchmarks/aot.py), and the
@@ -47,17 +48,24 @@ def launch(
     *args: Any,
     num_warps: int = 4,
     num_stages: int = 2,
+    enable_fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
-    """Runs ``kernel`` on the device and the current stream of its first tensor."""
+    """Runs ``kernel`` on the device and the current stream of its first tensor.
+
+    ``enable_fp_fusion=False``: a product and a sum are each rounded, never one instruction.
+    """
     if recorded is not None:
-        recorded.append(Launch(kernel, args, constants, num_warps, num_stages))
+        recorded.append(Launch(kernel, args, constants, num_warps, num_stages, enable_fp_fusion))
         return
     if not all(grid):
         return
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[tuple(grid)](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        options = {} if enable_fp_fusion else {"enable_fp_fusion": False}
+        kernel[tuple(grid)](
+            *args, num_warps=num_warps, num_stages=num_stages, **constants, **options
+        )
 
 
 def architecture(device: torch.device) -> str:

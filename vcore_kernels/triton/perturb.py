@@ -26,6 +26,9 @@ _KIND = {
 }
 _BLOCK = 1024  # entries that share a block of Philox counters, as everywhere
 
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+_SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
+
 
 # ---- host ----
 
@@ -42,6 +45,11 @@ def perturb_(
 
     The old bits go into ``saved``: uint8 buffers, or ``direction`` itself.
     """
+    if counts.dtype != torch.int64 or counts.shape != (len(params), 3):
+        raise ValueError(
+            f"perturb_: counts must be int64 [{len(params)}, 3], got {counts.dtype} "
+            f"{list(counts.shape)}."
+        )
     settings = tuning.PERTURB[architecture(counts.device)]
     # float64 as its bits: Triton would pass a Python float as float32.
     epsilon_bits = torch.tensor(epsilon, dtype=torch.float64, device="cpu").view(torch.int64).item()
@@ -49,9 +57,10 @@ def perturb_(
         if param.device != counts.device:
             continue
         bits = BITS[param.dtype]
+        rows = settings.rows * 2 // param.element_size()
         launch(
             _perturb_kernel,
-            (cdiv(param.numel(), settings.rows * _BLOCK),),
+            (cdiv(param.numel(), rows * _BLOCK),),
             in_memory_order(param).view(bits),
             in_memory_order(g).view(BITS[g.dtype]),
             in_memory_order(keep).view(bits),
@@ -64,7 +73,7 @@ def perturb_(
             G=_KIND[g.dtype],
             STOCHASTIC=seed is not None,
             SWAP=keep.data_ptr() == g.data_ptr(),
-            ROWS=settings.rows,
+            ROWS=rows,
             num_warps=settings.num_warps,
             enable_fp_fusion=False,
         )
@@ -121,7 +130,8 @@ def _perturb_kernel(
     i_program = tl.program_id(0).to(tl.int64)
     epsilon = epsilon_bits.to(tl.int64).to(tl.float64, bitcast=True)
     p_row = p_counts + 3 * number.to(tl.int64)
-    # Masks would keep loads from being vectorised where `size` is odd: only the last program has one.
+    # Masks would keep loads from being vectorised where `size` is odd: only the last program has
+    # one.
     if (i_program + 1) * (ROWS * 1024) <= size:
         _move_blocks(
             p_theta, p_g, p_saved, p_row, size, i_program, number, epsilon, seed,
@@ -168,7 +178,7 @@ def _move_blocks(
         tensor = tl.zeros_like(low) + number.to(tl.uint32)
         r_0, r_1, r_2, r_3 = tl.philox(seed, low, high, tensor, tl.zeros_like(low))
     else:
-        r_0 = r_1 = r_2 = r_3 = i_entry  # not used
+        r_0, r_1, r_2, r_3 = i_entry, i_entry, i_entry, i_entry  # not used
     new_0 = _move(theta_0, g_0, epsilon, r_0, THETA, G, STOCHASTIC)
     new_1 = _move(theta_1, g_1, epsilon, r_1, THETA, G, STOCHASTIC)
     new_2 = _move(theta_2, g_2, epsilon, r_2, THETA, G, STOCHASTIC)
@@ -191,10 +201,10 @@ def _move_blocks(
 @triton.jit
 def _load(p_theta, p_g, o, size, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(p_theta + o, mask=o < size, other=0), tl.load(
-            p_g + o, mask=o < size, other=0
-        )
-    return tl.load(p_theta + o), tl.load(p_g + o)
+        m = o < size
+        return tl.load(p_theta + o, mask=m, other=0), tl.load(p_g + o, mask=m, other=0)
+    else:
+        return tl.load(p_theta + o), tl.load(p_g + o)
 
 
 @triton.jit
@@ -212,11 +222,12 @@ def _magnitude(bits, KIND: tl.constexpr):
     """All bits but the sign, and those of infinity."""
     if KIND == "f64":
         return bits & 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000
-    if KIND == "f32":
+    elif KIND == "f32":
         return bits & 0x7FFFFFFF, 0x7F800000
-    if KIND == "bf16":
+    elif KIND == "bf16":
         return bits.to(tl.int32) & 0x7FFF, 0x7F80
-    return bits.to(tl.int32) & 0x7FFF, 0x7C00
+    else:
+        return bits.to(tl.int32) & 0x7FFF, 0x7C00
 
 
 @triton.jit
@@ -235,29 +246,34 @@ def _nonfinite(bits, KIND: tl.constexpr):
 def _widen(bits, KIND: tl.constexpr):
     if KIND == "f64":
         return bits.to(tl.float64, bitcast=True)
-    if KIND == "f32":
+    elif KIND == "f32":
         return bits.to(tl.float32, bitcast=True)
-    if KIND == "bf16":
+    elif KIND == "bf16":
         return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _move(theta, g, epsilon, random, THETA: tl.constexpr, G: tl.constexpr, STOCHASTIC: tl.constexpr):
+def _move(
+    theta, g, epsilon, random, THETA: tl.constexpr, G: tl.constexpr, STOCHASTIC: tl.constexpr
+):
     """The bits of theta - epsilon * g, rounded to THETA."""
     if THETA == "f64":
         step = _widen(g, G).to(tl.float64) * epsilon
         return (_widen(theta, THETA) - step).to(tl.int64, bitcast=True)
-    if THETA == "f32" and STOCHASTIC:
+    elif THETA == "f32" and STOCHASTIC:
         step = _widen(g, G).to(tl.float64) * epsilon
         return _stochastic_f32(_widen(theta, THETA).to(tl.float64) - step, random)
-    step = _widen(g, G).to(tl.float32) * epsilon.to(tl.float32)
-    x = _widen(theta, THETA) - step
-    if THETA == "f32":
-        return x.to(tl.int32, bitcast=True)
-    if THETA == "bf16":
-        return _nearest_bf16(_grid_bf16(x, random) if STOCHASTIC else x)
-    return _nearest_f16(_grid_f16(x, random) if STOCHASTIC else x)
+    else:
+        step = _widen(g, G).to(tl.float32) * epsilon.to(tl.float32)
+        x = _widen(theta, THETA) - step
+        if THETA == "f32":
+            return x.to(tl.int32, bitcast=True)
+        elif THETA == "bf16":
+            return _nearest_bf16(_grid_bf16(x, random) if STOCHASTIC else x)
+        else:
+            return _nearest_f16(_grid_f16(x, random) if STOCHASTIC else x)
 
 
 @triton.jit
@@ -306,8 +322,9 @@ def _stochastic_f32(x, random):
     bits = x.to(tl.int64, bitcast=True)
     normal = (((bits + (random & 0x1FFFFFFF)) >> 29) << 29).to(tl.float64, bitcast=True)
     # Subnormal results lie on a fixed grid of 2^-149.
-    small = tl.abs(x) < TINY
-    units = tl.where(small, tl.abs(x), 0.0) * TWO_TO_149 + random.to(tl.float64) * 2.0**-32
+    small = tl.abs(x) < _SMALLEST_NORMAL
+    units = tl.where(small, tl.abs(x), 0.0) * 2.0**149 + random.to(tl.float64) * 2.0**-32
     subnormal = units.to(tl.int32)  # is its own bit pattern
     sign = ((bits >> 32) & 0x80000000).to(tl.uint32).to(tl.int32, bitcast=True)
-    return tl.where(small, subnormal | sign, normal.to(tl.float32).to(tl.int32, bitcast=True))
+    rounded = tl.where(tl.abs(x) <= _LARGEST, normal, x).to(tl.float32).to(tl.int32, bitcast=True)
+    return tl.where(small, subnormal | sign, rounded)

@@ -124,3 +124,22 @@ WEIGHT_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, parts=2),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
+
+
+@dataclass(frozen=True)
+class Perturb:
+    rows: int  # blocks of 1024 entries of 16 bits a program; as many bytes of wider ones
+    num_warps: int
+
+
+# In-place perturbation is bound by memory: a thread takes 16 neighbouring bytes in each of four
+# quarters of its blocks, and all its loads are under way before the first is needed.
+_PERTURB = Perturb(rows=8, num_warps=8)
+PERTURB = {
+    "interpreter": Perturb(rows=64, num_warps=1),
+    "sm80": _PERTURB,
+    "sm89": _PERTURB,
+    "sm90": _PERTURB,
+    "sm100": _PERTURB,
+    "gfx942": Perturb(rows=8, num_warps=4),  # 64 threads a warp: the same 16 bytes a thread
+}
