@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vcore_kernels.triton import common, head, tuning
+from vcore_kernels.triton import common, head, perturb, tuning
 
 Case = Callable[[], object]
 
@@ -77,4 +77,21 @@ def _in_two_chunks(function: Callable, *args: object) -> None:
         tuning.WORKSPACE = before
 
 
-CASES: list[Case] = [case for cases in (head_cases,) for case in cases()]
+def perturb_cases() -> Iterator[Case]:
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for dtype, g_dtype, seed, swap in (
+        (half, single, None, False),
+        (half, single, 1 << 40, False),
+        (half, half, None, True),
+        (torch.float16, torch.float16, 1 << 40, True),
+        (single, single, None, False),
+        (single, single, 1 << 40, False),
+        (double, double, None, False),
+    ):
+        params, direction = [torch.empty(1 << 16, dtype=d) for d in (dtype, g_dtype)]
+        saved = direction if swap else torch.empty(params.nbytes, dtype=torch.uint8)
+        counts = torch.empty(1, 3, dtype=torch.int64)
+        yield partial(perturb.perturb_, [params], [direction], [saved], 0.1, seed, counts)
+
+
+CASES: list[Case] = [case for cases in (head_cases, perturb_cases) for case in cases()]

@@ -37,7 +37,7 @@ __device__ void add_counts(const ThreadCounts& counts, bool first, Counter* row)
 }
 
 template <class Type, class Direction, bool kStochastic>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     perturb_kernel(const __grid_constant__ PerturbBatch batch,
                    const __grid_constant__ PerturbOptions options, Counter* counts) {
   const int t = tensor_of_block(batch, blockIdx.x);
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Storage>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     restore_kernel(const __grid_constant__ PerturbBatch batch) {
   const int t = tensor_of_block(batch, blockIdx.x);
   restore_chunk<Storage>(batch.runs[t], blockIdx.x - batch.first[t], static_cast<int>(threadIdx.x));

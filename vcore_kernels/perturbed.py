@@ -73,9 +73,10 @@ def _fake_nothing(*_) -> None:
 # is finite; -1 stays where nothing has moved. It is the caller's, so that whoever is interrupted on
 # the way out of the operator (Ctrl-C) still sees what has moved.
 #
-# On GPUs an operator moves the tensors that are on the device of `counts`: one call for each device.
-# It only enqueues, and can be captured in a CUDA graph. The kernel that fills a row of `counts` is
-# the one that saves and moves the tensor, so that whoever reads the row has waited for both.
+# On GPUs an operator moves the tensors that are on the device of `counts`: one call for each
+# device. It only enqueues, and can be captured in a CUDA graph. The kernel that fills a row of
+# `counts` is the one that saves and moves the tensor, so that whoever reads the row has waited for
+# both.
 define(
     "perturb_(Tensor(a!)[] params, Tensor[] direction, Tensor(b!)[] saved, float epsilon,"
     " int? seed, Tensor(c!) counts) -> ()",
