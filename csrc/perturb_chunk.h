@@ -60,21 +60,57 @@ VCORE_DEVICE inline int tensor_of_block(const PerturbBatch& batch, uint32_t bloc
 
 VCORE_DEVICE inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// kEntries neighbours, loaded and stored 16 bytes at a time.
+// kEntries neighbours in registers.
 template <class Storage, int kEntries>
-struct alignas(kEntries * sizeof(Storage) < 16 ? sizeof(Storage) : 16) Pack {
+struct Pack {
   Storage entry[kEntries];
 };
 
+// What one instruction loads or stores.
+#if defined(__CUDACC__)
+using Vector16 = uint4;
+#else
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+#endif
+
 template <class Storage, int kEntries>
-VCORE_DEVICE inline Pack<Storage, kEntries>* pack(void* base, int64_t entry) {
-  return reinterpret_cast<Pack<Storage, kEntries>*>(static_cast<Storage*>(base) + entry);
+VCORE_DEVICE inline Pack<Storage, kEntries> load(const void* base, int64_t entry) {
+  const Storage* from = static_cast<const Storage*>(base) + entry;
+  Pack<Storage, kEntries> pack;
+  if constexpr (sizeof(pack) % sizeof(Vector16) == 0) {
+    constexpr int kVectors = sizeof(pack) / sizeof(Vector16);
+    Vector16 vectors[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) vectors[v] = reinterpret_cast<const Vector16*>(from)[v];
+    __builtin_memcpy(&pack, vectors, sizeof(pack));
+  } else {
+    static_assert(kEntries == 1);
+    pack.entry[0] = *from;
+  }
+  return pack;
 }
 
 template <class Storage, int kEntries>
-VCORE_DEVICE inline const Pack<Storage, kEntries>* pack(const void* base, int64_t entry) {
-  return reinterpret_cast<const Pack<Storage, kEntries>*>(static_cast<const Storage*>(base) +
-                                                          entry);
+VCORE_DEVICE inline void store(void* base, int64_t entry, const Pack<Storage, kEntries>& pack) {
+  Storage* to = static_cast<Storage*>(base) + entry;
+  if constexpr (sizeof(pack) % sizeof(Vector16) == 0) {
+    constexpr int kVectors = sizeof(pack) / sizeof(Vector16);
+    Vector16 vectors[kVectors];
+    __builtin_memcpy(vectors, &pack, sizeof(pack));
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#if defined(__CUDA_ARCH__)
+      __stwb(reinterpret_cast<Vector16*>(to) + v, vectors[v]);  // an assignment is taken apart
+#else
+      reinterpret_cast<Vector16*>(to)[v] = vectors[v];
+#endif
+    }
+  } else {
+    static_assert(kEntries == 1);
+    *to = pack.entry[0];
+  }
 }
 
 // theta - g * epsilon, each operation rounded.
@@ -111,8 +147,8 @@ VCORE_DEVICE inline void move_entries(const PerturbRun& run, const PerturbOption
   for (int quarter = 0; quarter < kQuarters; ++quarter) {
     const int64_t at = begin + quarter * kQuarter + index;
     if (kGuarded && at >= end) continue;
-    theta[quarter] = *pack<Storage, kEntries>(static_cast<const void*>(run.theta), at);
-    g[quarter] = *pack<Bits, kEntries>(run.direction, at);
+    theta[quarter] = load<Storage, kEntries>(run.theta, at);
+    g[quarter] = load<Bits, kEntries>(run.direction, at);
   }
   Words random[kEntries];
   if constexpr (kStochastic) {
@@ -142,8 +178,8 @@ VCORE_DEVICE inline void move_entries(const PerturbRun& run, const PerturbOption
       counts.moved += after.entry[k] != before;
       counts.nonfinite |= size >= Direction::kInfinity;
     }
-    *pack<Storage, kEntries>(run.saved, at) = theta[quarter];
-    *pack<Storage, kEntries>(run.theta, at) = after;
+    store(run.saved, at, theta[quarter]);
+    store(run.theta, at, after);
   }
 }
 
@@ -181,17 +217,16 @@ VCORE_DEVICE inline void restore_chunk(const PerturbRun& run, int64_t chunk, int
   constexpr int kEntries = 16 / sizeof(Storage);
   int64_t at = chunk * kChunk;
   const int64_t end = at + kChunk < run.size ? at + kChunk : run.size;
-  const void* saved = run.saved;
-  if (aligned(run.theta) && aligned(saved)) {
+  if (aligned(run.theta) && aligned(run.saved)) {
     const int64_t whole = at + (end - at) / kEntries * kEntries;
 #pragma unroll 4
     for (int64_t e = at + thread * kEntries; e < whole; e += kThreads * kEntries) {
-      *pack<Storage, kEntries>(run.theta, e) = *pack<Storage, kEntries>(saved, e);
+      store(run.theta, e, load<Storage, kEntries>(run.saved, e));
     }
     at = whole;
   }
   for (at += thread; at < end; at += kThreads) {
-    static_cast<Storage*>(run.theta)[at] = static_cast<const Storage*>(saved)[at];
+    static_cast<Storage*>(run.theta)[at] = static_cast<const Storage*>(run.saved)[at];
   }
 }
 
