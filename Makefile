@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*)
-CPP := $(filter %.h %.cpp,$(wildcard csrc/*))
+CPP := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/kernels/*.cpp))
 # Tests that need a device, other tools or much time; .ci/run runs them where it can.
 CORE := not gpu and not interpreter and not aot and not distributed and not slow
 
@@ -90,4 +90,4 @@ bench: setup
 	$(BIN)/python -m pytest -q benchmarks/bench_*.py --benchmark-json=benchmarks/results/latest.json $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info vcore_kernels/_C.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info vcore_kernels/_C.so vcore_kernels/_C_cuda.so .pytest_cache .mypy_cache .ruff_cache
