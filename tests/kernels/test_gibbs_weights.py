@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from vcore_kernels import _gibbs, backends, gibbs_weights
 from vcore_kernels.backends import BackendError, last_used
 
-BACKENDS = [name for name, support in backends().items() if support and name not in ("triton", "cuda")]
+BACKENDS = [
+    name for name, support in backends().items() if support and name not in ("triton", "cuda")
+]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -7,7 +7,9 @@ import torch
 from vcore_kernels import backends, gibbs_weights, sft_loss, variance_control, vcore_loss
 from vcore_kernels.backends import last_used
 
-BACKENDS = [name for name, support in backends().items() if support and name not in ("triton", "cuda")]
+BACKENDS = [
+    name for name, support in backends().items() if support and name not in ("triton", "cuda")
+]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 MODES = ("utility", "trajectory", "ess", "loss", "none")
 each_mode = pytest.mark.parametrize("mode", MODES)
