@@ -226,8 +226,9 @@ def weighted_linear_nll_forward(
     rows, factor = _rows(hidden), token_weight.contiguous()
     needs = (need_hidden, need_weight, need_bias and bias is not None)
     if not any(needs):
-        empty = hidden.new_empty(0)
-        return _forward(rows, head)[0], empty, empty.float(), empty.float()
+        nll = _forward(rows, head)[0]
+        dtypes = (_wide(hidden.dtype), torch.float32, torch.float32)
+        return nll, *(hidden.new_empty(0, dtype=dtype) for dtype in dtypes)
     direct = writes_weight_gradient_directly(rows, head.weight)
     weight_dtype = weight.dtype if direct else torch.float32
     gradients = _Gradients(rows, head, factor, needs, _wide(hidden.dtype), weight_dtype)
@@ -335,6 +336,8 @@ def scale_cast(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if not (factor.dim() == 0 or (x.dim() == 2 and factor.shape == x.shape[:1])):
         raise ValueError(f"scale_cast: factor {list(factor.shape)} does not fit {list(x.shape)}")
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel() == 0:
+        return out
     matrix = x if x.dim() == 2 else x.reshape(1, -1)
     n, h = matrix.shape
     columns = min(1024, triton.next_power_of_2(h))

@@ -85,12 +85,12 @@ LOGITS: dict[tuple[str, str, int], Tiles] = {
     ("sm100", "float", 1): Tiles(64, 64, 32, 4, 3),
     ("sm100", "float", 2): Tiles(64, 64, 32, 4, 3, parts=2),
     ("sm100", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2),
-    ("gfx942", "half", 1): Tiles(128, 128, 64, 8, 2, parts=2),
-    ("gfx942", "half", 2): Tiles(128, 128, 32, 8, 2, parts=4),
-    ("gfx942", "half", 3): Tiles(128, 128, 32, 8, 2, parts=4),
-    ("gfx942", "float", 1): Tiles(64, 64, 32, 4, 2),
-    ("gfx942", "float", 2): Tiles(64, 64, 32, 4, 2, parts=2),
-    ("gfx942", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2),
+    ("gfx942", "half", 1): Tiles(64, 128, 64, 8, 2, parts=4, flatten=False),
+    ("gfx942", "half", 2): Tiles(64, 64, 64, 8, 2, parts=2, flatten=False),
+    ("gfx942", "half", 3): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", 1): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", 2): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
 }
 
 # Gradient of hidden: rows x H over the vocabulary.
@@ -105,8 +105,8 @@ HIDDEN_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
     ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
-    ("gfx942", "half"): Tiles(128, 128, 64, 8, 2),
-    ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
+    ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, flatten=False),
+    ("gfx942", "float"): Tiles(64, 64, 32, 4, 2, flatten=False),
 }
 
 # Gradient of weight: V x H over the rows of a chunk.
@@ -121,8 +121,8 @@ WEIGHT_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
     ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
-    ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, parts=2),
-    ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
+    ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, flatten=False),
+    ("gfx942", "float"): Tiles(64, 64, 32, 4, 2, flatten=False),
 }
 
 
