@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vcore_kernels.triton import common, head, perturb, tuning
+from vcore_kernels.triton import common, gibbs, head, perturb, tuning
 
 Case = Callable[[], object]
 
@@ -94,4 +94,15 @@ def perturb_cases() -> Iterator[Case]:
         yield partial(perturb.perturb_, [params], [direction], [saved], 0.1, seed, counts)
 
 
-CASES: list[Case] = [case for cases in (head_cases, perturb_cases) for case in cases()]
+def gibbs_cases() -> Iterator[Case]:
+    """Every rule and dtype, with and without a mask."""
+    size = 256
+    mask, offsets = torch.empty(size, dtype=torch.bool), torch.empty(17, dtype=torch.int64)
+    for dtype in (torch.float32, torch.float64):
+        utility = torch.empty(size, dtype=dtype)
+        for given in (None, mask):
+            for rule in ("tau", "trajectory", "batch"):
+                yield partial(gibbs.gibbs_variance, utility, given, offsets, 0.1, rule, 1e-6)
+
+
+CASES: list[Case] = [case for cases in (head_cases, gibbs_cases, perturb_cases) for case in cases()]

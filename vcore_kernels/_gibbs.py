@@ -18,6 +18,7 @@ from torch import Tensor
 from vcore_kernels._library import LIBRARY, define
 from vcore_kernels.backends import resolve
 from vcore_kernels.backends.reference import statistics_dtype
+from vcore_kernels.backends.triton import implement
 from vcore_kernels.segments import Segments, segment_max, segment_sum
 
 # exp(-EXP_ZERO) is 0 in float64. The compiled kernel has the same constants.
@@ -214,6 +215,7 @@ _SCHEMA = (
 define(f"gibbs_variance{_SCHEMA}", _fake)
 define(f"gibbs_variance_reference{_SCHEMA}", _fake, compiled=False)
 LIBRARY.impl("gibbs_variance_reference", reference, "CompositeExplicitAutograd")
+implement("gibbs", "gibbs_variance")
 
 
 def gibbs_statistics(

@@ -54,7 +54,7 @@ def gibbs_weights(
         kl_scope: ``"trajectory"``: each one spends the budget. ``"batch"``: one tau for all, at
             which the mean KL over the trajectories that are not empty and finite is the budget, so
             that one whose utilities hardly differ is not sharpened into noise.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Raises:
         ValueError: not exactly one of the three; tau or kl_budget negative, temperature not

@@ -38,6 +38,9 @@ def variance_control(
     for each trajectory), ``loss`` what its released code does, and ``none`` is 1
     whatever the cap.
 
+    Eager on every device: :func:`vcore_loss` does not come here, its variances are a by-product of
+    the launch that makes the weights, and alpha a few operations on 0-dim tensors.
+
     Variances are unbiased sample variances over supervised tokens; trajectories that are empty or
     hold a non-finite utility are left out. 0/0 is 1, and so is what cannot be known (fewer than two
     samples, non-finite losses). A positive number over 0 is ``cap``, or 1 without one: alpha is

@@ -58,7 +58,7 @@ def vcore_loss(
         cu_seqlens, tau, temperature, kl_budget, kl_scope: as for :func:`gibbs_weights`.
         variance_control, cap: mode and cap of alpha, as for :func:`variance_control`.
         num_items: as for :func:`sft_loss`.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        backend: ``"auto"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
 
     Returns:
         :class:`VcoreLoss`; float32 for inputs of 32 bits or fewer, float64 for float64: loss,

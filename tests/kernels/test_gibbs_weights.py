@@ -4,21 +4,17 @@ import gibbs_oracle
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vcore_kernels import _gibbs, backends, gibbs_weights
 from vcore_kernels.backends import BackendError, last_used
-
-BACKENDS = [
-    name for name, support in backends().items() if support and name not in ("triton", "cuda")
-]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+from vcore_kernels.backends.triton import INTERPRETED
 
 
 def ragged(seed: int, dtype=torch.float32, length: int = 37) -> tuple[torch.Tensor, torch.Tensor]:
     """Five rows of utilities, one of them unsupervised, one with a single supervised token."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     utility = torch.randn(5, length, generator=generator, dtype=torch.float64).to(dtype)
     mask = torch.rand(5, length, generator=generator) < 0.7
     mask[2] = False
@@ -34,7 +30,6 @@ def packed(utility, mask):
     return utility[mask], cu_seqlens
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tau", [0.0, 0.3, 40.0])
 def test_fixed_tau_is_a_softmax(backend, dtype, tau):
@@ -51,7 +46,9 @@ def test_fixed_tau_is_a_softmax(backend, dtype, tau):
             assert (float(kl), float(ess)) == (0, 1)
             continue
         truth = gibbs_oracle.softmax(row[chosen], tau)
-        tolerance = {"rtol": 1e-12 if dtype == torch.float64 else 1e-6, "atol": 1e-30}
+        # the Triton kernel's exponents, up to 70 here, are rounded to float32
+        narrow = 1e-5 if backend == "triton" else 1e-6
+        tolerance = {"rtol": 1e-12 if dtype == torch.float64 else narrow, "atol": 1e-30}
         torch.testing.assert_close(q[chosen].double(), truth, **tolerance)
         assert float(kl) == pytest.approx(gibbs_oracle.kl_to_uniform(truth), abs=1e-6)
         assert float(ess) == pytest.approx(float(1 / (len(truth) * (truth**2).sum())), rel=1e-6)
@@ -61,12 +58,11 @@ def test_fixed_tau_is_a_softmax(backend, dtype, tau):
 def test_auto_takes_the_compiled_kernel_where_it_can():
     utility, mask = ragged(0)
     gibbs_weights(utility, mask=mask, tau=1.0)
-    assert last_used["gibbs_weights"] == ("cpp" if "cpp" in BACKENDS else "reference")
+    assert last_used["gibbs_weights"] == ("cpp" if backends()["cpp"] else "reference")
     with pytest.raises(BackendError, match="cannot serve"):
         gibbs_weights(utility.to("meta"), tau=1.0, backend="cpp")
 
 
-@each_backend
 def test_temperature_is_one_over_tau(backend):
     utility, mask = ragged(1)
     by_tau = gibbs_weights(utility, mask=mask, tau=4.0, backend=backend)
@@ -75,7 +71,6 @@ def test_temperature_is_one_over_tau(backend):
         assert torch.equal(one, other)
 
 
-@each_backend
 @pytest.mark.parametrize("budget", [1e-8, 1e-3, 0.1, 0.5, 2.0])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_budget_is_met(backend, budget, scale):
@@ -98,7 +93,6 @@ def test_budget_is_met(backend, budget, scale):
         )
 
 
-@each_backend
 @pytest.mark.parametrize("budget", [1e-6, 0.05, 1.0])
 def test_batch_scope_shares_one_tau(backend, budget):
     utility, mask = ragged(3)
@@ -115,7 +109,6 @@ def test_batch_scope_shares_one_tau(backend, budget):
     assert not weights.saturated.any()
 
 
-@each_backend
 @pytest.mark.parametrize("scope", ["trajectory", "batch"])
 def test_saturation_is_reported(backend, scope):
     utility = torch.tensor([[0.0, 3.0, 3.0, -1.0], [1.0, 0.0, 0.5, 0.999]])
@@ -130,7 +123,6 @@ def test_saturation_is_reported(backend, scope):
     torch.testing.assert_close((weights.tau[:, None] * utility).softmax(-1), expected)
 
 
-@each_backend
 @pytest.mark.parametrize("rule", [{"tau": 3.0}, {"kl_budget": 0.3}])
 def test_constant_utilities_are_exactly_uniform(backend, rule):
     for n in (1, 2, 3, 7, 49, 1000, 4099):
@@ -144,11 +136,10 @@ def test_constant_utilities_are_exactly_uniform(backend, rule):
             assert weights.tau.item() == rule.get("tau", 0)
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scope", ["trajectory", "batch"])
 def test_rounding_noise_is_not_ranked(backend, dtype, scope):
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(4)
     eps = torch.finfo(dtype).eps
     one_step = torch.randint(0, 2, (64,), generator=generator) * eps
     noise = (1 + one_step.double()).to(dtype)
@@ -164,12 +155,11 @@ def test_rounding_noise_is_not_ranked(backend, dtype, scope):
     assert len(weights.q[1].unique()) == 2
 
 
-@each_backend
 @pytest.mark.parametrize(
     "rule", [{"tau": 0.01}, {"kl_budget": 0.1}, {"kl_budget": 0.1, "kl_scope": "batch"}]
 )
 def test_adding_a_constant_changes_nothing(backend, rule):
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
     utility = torch.randint(-500, 500, (3, 200), generator=generator).float()
     shift = torch.tensor([[0.0], [4096.0], [-100000.0]])  # the sums are exact in float32
     plain = gibbs_weights(utility, backend=backend, **rule)
@@ -178,7 +168,6 @@ def test_adding_a_constant_changes_nothing(backend, rule):
         assert torch.equal(one, other)
 
 
-@each_backend
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "rule", [{"tau": 2.0}, {"kl_budget": 0.1}, {"kl_budget": 0.1, "kl_scope": "batch"}]
@@ -197,7 +186,6 @@ def test_non_finite_utilities_fall_back_to_uniform(backend, bad, rule):
         assert torch.equal(one[1:], other)
 
 
-@each_backend
 @pytest.mark.parametrize(
     "rule", [{"tau": 2.0}, {"kl_budget": 0.1}, {"kl_budget": 0.1, "kl_scope": "batch"}]
 )
@@ -221,7 +209,6 @@ def test_packed_equals_padded(backend, rule):
     assert torch.equal(flat.q.view_as(utility), padded.q)
 
 
-@each_backend
 def test_a_trajectory_does_not_depend_on_its_batch(backend):
     utility, mask = ragged(8)
     together = gibbs_weights(utility, mask=mask, kl_budget=0.2, backend=backend)
@@ -231,7 +218,6 @@ def test_a_trajectory_does_not_depend_on_its_batch(backend):
         assert alone.tau[0] == together.tau[i]
 
 
-@each_backend
 @pytest.mark.parametrize(
     ("shape", "cu_seqlens", "number"),
     [((0, 4), None, 0), ((3, 0), None, 3), ((0,), None, 1), ((0,), [0], 0), ((0,), [0, 0, 0], 2)],
@@ -247,6 +233,17 @@ def test_empty_input(backend, shape, cu_seqlens, number, rule):
     assert (weights.kl == 0).all()
 
 
+def each_example(test):
+    """The backend's fixture sets a default device once for all the examples, as it should."""
+    under_test = HealthCheck.function_scoped_fixture
+    return settings(
+        max_examples=30 if INTERPRETED else 150,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[under_test],
+    )(test)
+
+
 finite_utilities = st.lists(
     st.one_of(
         st.floats(-3, 3, width=32),
@@ -258,11 +255,10 @@ finite_utilities = st.lists(
 )
 
 
-@each_backend
 @given(finite_utilities, st.floats(0, 5), st.sampled_from(["trajectory", "batch"]))
 @example([1.0, 1.0 - 2**-20, 0.0], 1.0986, "trajectory")
 @example([0.0] * 39 + [1e-30, 1e30], 3.6, "batch")
-@settings(max_examples=150, deadline=None, derandomize=True)
+@each_example
 def test_any_utilities_meet_the_budget_or_say_so(backend, utilities, budget, scope):
     utility = torch.tensor(utilities, dtype=torch.float32)
     weights = gibbs_weights(utility, kl_budget=budget, kl_scope=scope, backend=backend)
@@ -282,7 +278,6 @@ def test_any_utilities_meet_the_budget_or_say_so(backend, utilities, budget, sco
         assert kl == pytest.approx(budget, abs=1e-4)
 
 
-@pytest.mark.skipif("cpp" not in BACKENDS, reason="the compiled kernels are not built")
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=9),
     st.sampled_from([{"tau": 1.5}, {"kl_budget": 0.0}, {"kl_budget": 0.2}, {"kl_budget": 1.5}]),
@@ -290,9 +285,9 @@ def test_any_utilities_meet_the_budget_or_say_so(backend, utilities, budget, sco
     st.sampled_from([torch.float32, torch.float64]),
     st.integers(0, 10**6),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_kernel_agrees_with_reference(lengths, rule, scope, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
+@each_example
+def test_kernel_agrees_with_reference(backend, lengths, rule, scope, dtype, seed):
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     size = sum(lengths)
     utility = torch.randn(size, generator=generator, dtype=dtype)
     utility = utility * 10.0 ** torch.randint(-20, 20, (), generator=generator)
@@ -304,18 +299,20 @@ def test_kernel_agrees_with_reference(lengths, rule, scope, dtype, seed):
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     one, other = (
         gibbs_weights(
-            utility, mask=mask, cu_seqlens=cu_seqlens, kl_scope=scope, backend=backend, **rule
+            utility, mask=mask, cu_seqlens=cu_seqlens, kl_scope=scope, backend=name, **rule
         )
-        for backend in ("reference", "cpp")
+        for name in ("reference", backend)
     )
     for name, a, b in zip(one._fields, one, other, strict=True):
         # near saturation the KL hardly depends on tau: both meet it to 1e-9, at slightly other tau
         loose = name in ("q", "tau") and "kl_budget" in rule
         tolerance = {"rtol": 1e-3, "atol": 1e-7} if loose else {"rtol": 1e-5, "atol": 1e-12}
+        if backend == "triton" and dtype == torch.float32:
+            # what the sums in float32 tell of the KL, and what that leaves open of tau
+            tolerance = {"rtol": 4e-3, "atol": 1e-4} if loose else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@each_backend
 @pytest.mark.parametrize("largest", [1e-310, 1e-200, 1e200, 1.7e308])
 def test_the_whole_range_of_float64(backend, largest):
     utility = torch.tensor([1.0, -1.0, 0.5, 0.25, 0.0], dtype=torch.float64)
@@ -326,9 +323,8 @@ def test_the_whole_range_of_float64(backend, largest):
     assert scaled.tau.isfinite().all()
 
 
-@each_backend
 def test_long_trajectories(backend):
-    generator = torch.Generator().manual_seed(9)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(9)
     utility = torch.randn(200_000, generator=generator)
     cu_seqlens = torch.tensor([0, 150_000, 150_001, 200_000], dtype=torch.int32)
     weights = gibbs_weights(utility, cu_seqlens=cu_seqlens, kl_budget=0.5, backend=backend)
@@ -340,7 +336,6 @@ def test_long_trajectories(backend):
     torch.testing.assert_close(weights.kl[[0, 2]], torch.full((2,), 0.5), rtol=1e-5, atol=0)
 
 
-@each_backend
 def test_no_gradient_and_no_write(backend):
     utility, mask = ragged(10)
     before, mask_before = utility.clone(), mask.clone()
@@ -401,7 +396,6 @@ def test_bad_utility():
         gibbs_weights([0.0], tau=1.0)
 
 
-@each_backend
 @pytest.mark.parametrize("rule", ["tau", "trajectory", "batch"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_opcheck(backend, rule, masked):
@@ -421,7 +415,7 @@ def test_opcheck(backend, rule, masked):
 
 
 def test_raw_operator_refuses_nonsense():
-    if "cpp" not in BACKENDS:
+    if not backends()["cpp"]:
         pytest.skip("the compiled kernels are not built")
     op = torch.ops.vcore_kernels.gibbs_variance
     utility, offsets = torch.zeros(4), torch.tensor([0, 4])

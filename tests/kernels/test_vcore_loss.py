@@ -4,26 +4,22 @@ import gibbs_oracle
 import pytest
 import torch
 
-from vcore_kernels import backends, gibbs_weights, sft_loss, variance_control, vcore_loss
+from vcore_kernels import gibbs_weights, sft_loss, variance_control, vcore_loss
 from vcore_kernels.backends import last_used
+from vcore_kernels.backends.triton import INTERPRETED
 
-BACKENDS = [
-    name for name, support in backends().items() if support and name not in ("triton", "cuda")
-]
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
 MODES = ("utility", "trajectory", "ess", "loss", "none")
 each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def batch(seed=0, dtype=torch.float32, rows=4, length=29):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     nll = torch.rand(rows, length, generator=generator, dtype=torch.float64).to(dtype)
     utility = torch.randn(rows, length, generator=generator, dtype=torch.float64).to(dtype)
     mask = torch.rand(rows, length, generator=generator) < 0.8
     return nll.requires_grad_(), utility, mask
 
 
-@each_backend
 @each_mode
 @pytest.mark.parametrize("cap", [1.0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -61,7 +57,6 @@ def test_loss_and_gradient(backend, mode, cap, dtype):
     assert last_used["vcore_loss"] == backend
 
 
-@each_backend
 @each_mode
 def test_the_parts_fit_together(backend, mode):
     nll, utility, mask = batch(1)
@@ -78,13 +73,14 @@ def test_the_parts_fit_together(backend, mode):
     assert not any(x.requires_grad for x in result[1:])
 
 
-@each_backend
 @each_mode
 @pytest.mark.parametrize("rule", [{"tau": 2.0}, {"kl_budget": 0.1}, {"kl_budget": 0.0}])
 def test_uniform_weights_are_sft_bit_for_bit(backend, mode, rule):
     lengths = [*range(1, 40), 63, 64, 65, 127, 1000, 1023, 4097]
+    if INTERPRETED:  # slow
+        lengths = [1, 2, 7, 39, 65, 1000, 4097]
     for length in lengths:
-        generator = torch.Generator().manual_seed(length)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(length)
         rows = 1 if length % 3 == 0 and mode != "trajectory" else 3
         utility = torch.randn(rows, 1, generator=generator).repeat(1, length)
         if rule.get("kl_budget") == 0:
@@ -124,7 +120,6 @@ def test_the_loss_keeps_the_precision_of_nll(mode, nll_dtype, utility_dtype):
     assert torch.equal(result.loss, expected)
 
 
-@each_backend
 def test_packed_equals_padded(backend):
     nll, utility, mask = batch(2)
     padded = vcore_loss(nll, utility, mask=mask, kl_budget=0.3, backend=backend)
@@ -154,7 +149,6 @@ def test_packed_equals_padded(backend):
     torch.testing.assert_close(by_ess.weights, rows.weights[mask])
 
 
-@each_backend
 def test_accumulated_micro_batches_share_one_denominator(backend):
     nll, utility, mask = batch(3)
     options = {"tau": 1.0, "variance_control": "none", "backend": backend}
@@ -167,7 +161,6 @@ def test_accumulated_micro_batches_share_one_denominator(backend):
     torch.testing.assert_close(sum(part.loss for part in parts), whole)
 
 
-@each_backend
 @each_mode
 def test_nothing_supervised_is_a_connected_zero(backend, mode):
     for nll, mask in (
@@ -189,7 +182,6 @@ def test_nothing_supervised_is_a_connected_zero(backend, mode):
         assert all(x.isfinite().all() for x in result)
 
 
-@each_backend
 @each_mode
 def test_hostile_utilities_leave_a_finite_loss(backend, mode):
     nll, utility, mask = batch(4)
@@ -207,7 +199,6 @@ def test_hostile_utilities_leave_a_finite_loss(backend, mode):
     assert nll.grad.isfinite().all()
 
 
-@each_backend
 def test_a_graph_serves_twice_and_inputs_stay(backend):
     nll, utility, mask = batch(5)
     copies = [x.detach().clone() for x in (nll, utility, mask)]
@@ -273,7 +264,7 @@ def test_compiles_packed():
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (7, 12):
-        generator = torch.Generator().manual_seed(length)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(length)
         nll, utility = torch.rand(2, length, generator=generator).unbind()
         cu_seqlens = torch.tensor([0, 2, 2, length], dtype=torch.int32)
         expected, result = (f(nll, utility, cu_seqlens) for f in (run, compiled))

@@ -143,3 +143,27 @@ PERTURB = {
     "sm100": _PERTURB,
     "gfx942": Perturb(rows=8, num_warps=4),  # 64 threads a warp: the same 16 bytes a thread
 }
+
+
+@dataclass(frozen=True)
+class Gibbs:
+    """Tokens that a program takes at a time."""
+
+    block: int
+    warps: int
+
+
+# Keyed by architecture and dtype of the utilities. The order in which a segment is summed follows
+# from these numbers. 4 float32 (2 float64) tokens a thread: with 8 float32 the compilers report
+# 170 registers and one program of 8 warps on a multiprocessor; so two of them, and one searches
+# while the other waits for memory.
+GIBBS: dict[tuple[str, torch.dtype], Gibbs] = {
+    (name, dtype): table
+    for name in ("interpreter", "sm80", "sm89", "sm90", "sm100", "gfx942")
+    for dtype, table in (
+        (torch.float32, Gibbs(1024, 8)),
+        (torch.float64, Gibbs(512, 8)),
+    )
+}
+# Each tile costs the interpreter the same whatever its size.
+GIBBS["interpreter", torch.float32] = GIBBS["interpreter", torch.float64] = Gibbs(8192, 8)
