@@ -575,22 +575,20 @@ def statistics_of(
     tiles = settings(hidden.device, hidden.dtype, second.products if second else 1)
     number = cdiv(head.vocabulary, tiles.columns) * tiles.parts  # the last ones may be empty
 
-    def of_tiles(wanted: bool) -> Tensor | None:
-        shape = (number, chunk.rows)
-        return hidden.new_empty(shape, dtype=torch.float32) if wanted else None
+    def of_tiles() -> Tensor:
+        return hidden.new_empty(number, chunk.rows, dtype=torch.float32)
 
-    def of_rows(wanted: bool) -> Tensor | None:
-        return hidden.new_empty(chunk.rows, dtype=torch.float32) if wanted else None
+    def of_rows() -> Tensor:
+        return hidden.new_empty(chunk.rows, dtype=torch.float32)
 
-    pair = mode == "pair"
     out = TileStatistics(
-        of_tiles(True),
-        of_tiles(True),
-        of_tiles(second is not None),
-        of_tiles(pair),
-        of_tiles(pair),
-        of_rows(True),
-        of_rows(second is not None),
+        max=of_tiles(),
+        sum=of_tiles(),
+        moment=of_tiles() if second else None,
+        second_max=of_tiles() if mode == "pair" else None,
+        second_sum=of_tiles() if mode == "pair" else None,
+        at_target=of_rows(),
+        second_at_target=of_rows() if second else None,
     )
     _sweep(mode, hidden, head, work, chunk, tiles, second=second, statistics=out, kept=kept)
     return out
@@ -642,7 +640,7 @@ def _sweep(
         *described(right, tiles.columns),
         head.bias,
         second.bias if second else None,
-        work.index,
+        work.order,
         head.target,
         work.counts,
         *(statistics or [None] * len(TileStatistics._fields)),

@@ -47,7 +47,7 @@ class Known(NamedTuple):
 class Work(NamedTuple):
     """Tokens in order of work."""
 
-    index: Tensor  # int32 [N + 1] the token of each place; beyond counts[1] undefined
+    order: Tensor  # int32 [N + 1] the token of each place; beyond counts[1] undefined
     counts: Tensor  # int32 [2] tokens that have a gradient; tokens that have a loss
 
 
@@ -149,7 +149,7 @@ def gather(
         x,
         minus,
         out,
-        work.index,
+        work.order,
         work.counts,
         x.shape[1],
         *strides,
