@@ -19,6 +19,8 @@ at every step of the search: a launch each, of a fixed number, most of which fin
 over and end at once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -723,7 +725,7 @@ def gibbs_variance(
     counter = torch.zeros(1, dtype=torch.int32, device=utility.device)
 
     table = tuning.GIBBS[architecture(utility.device), utility.dtype]
-    options = {"BLOCK": table.block, "num_warps": table.warps}
+    options: dict[str, Any] = {"BLOCK": table.block, "num_warps": table.warps}
     if rule == "batch" and value == 0:
         rule = "trajectory"  # uniform
     if rule == "batch":
