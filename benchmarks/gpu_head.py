@@ -27,7 +27,6 @@ class Shape:
     h: int
     v: int
     peers: bool = True  # beside every peer; else only ours
-    timed: bool = True
     quick: bool = True  # also with --quick
 
     @property
@@ -345,7 +344,7 @@ def run_shape(bench: Bench, shape: Shape) -> None:
     del truth
     for task in dict.fromkeys(subject.task for subject in sound):
         chosen = [subject for subject in sound if subject.task == task]
-        times = _time(bench, inputs, chosen) if shape.timed else {}
+        times = {} if bench.late() else _time(bench, inputs, chosen)
         for subject in chosen:
             figure = timed_figure(figures[subject.name, task], times.get(subject.name))
             _percent(bench, figure, subject.products * shape.flops)

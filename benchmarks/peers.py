@@ -55,7 +55,6 @@ class Peer:
     make: Maker
     package: str | None = None  # whose version is reported
     uniform: bool = False
-    stores_logits: bool = False  # fp32 logits of the whole batch: not for large shapes
 
 
 def _import(module: str, *names: str) -> Any:
@@ -208,8 +207,8 @@ def quack(problem: Problem):
 
 
 PEERS = (
-    Peer("eager", eager, "torch", stores_logits=True),
-    Peer("torch.compile", compiled, "torch", stores_logits=True),
+    Peer("eager", eager, "torch"),
+    Peer("torch.compile", compiled, "torch"),
     Peer("cuBLAS chunk loop", cublas_loop, "torch"),
     Peer("torch linear_cross_entropy, none", _torch_linear_cross_entropy("none"), "torch"),
     Peer("torch linear_cross_entropy", _torch_linear_cross_entropy("mean"), "torch", uniform=True),
