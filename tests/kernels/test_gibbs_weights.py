@@ -4,8 +4,7 @@ import gibbs_oracle
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from properties import HealthCheck, example, given, settings, st
 
 from vcore_kernels import _gibbs, backends, gibbs_weights
 from vcore_kernels.backends import BackendError, last_used

@@ -18,10 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     done = subprocess.run(
-        [
-            *(sys.executable, "benchmarks/gpu.py", "--dry-run", "--tune", "--out", str(folder)),
-            *("--only", "head"),
-        ],
+        [sys.executable, "benchmarks/gpu.py", "--dry-run", "--tune", "--out", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -63,6 +60,11 @@ def test_every_operator_and_peer_has_its_row(run):
         assert "d_hidden" in rows["head", "cuBLAS chunk loop", task]["gate"]
         assert "tangent" in rows["head", "vcore: jvp", f"tangent, {task}"]["gate"]
         assert "difference" in rows["head", "vcore: pair", f"pair, {task}"]["gate"]
+    assert "tau" in rows["gibbs", "gibbs_weights, KL budget 0.1", ""]["gate"]
+    assert "alpha" in rows["gibbs", "vcore_loss, KL budget 0.1, batch", ""]["gate"]
+    for way in ("", ", consume", ", stochastic"):
+        gate = rows["perturb", f"perturb_ and restore_{way}", ""]["gate"]
+        assert gate == "exact, restored bit for bit"
     # A peer is measured or it is said why not.
     from benchmarks.peers import PEERS
 
