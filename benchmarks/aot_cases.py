@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vcore_kernels.triton import common, gibbs, head, perturb, tuning
+from vcore_kernels.triton import attention_jvp, common, gibbs, head, perturb, tuning
 
 Case = Callable[[], object]
 
@@ -105,4 +105,23 @@ def gibbs_cases() -> Iterator[Case]:
                 yield partial(gibbs.gibbs_variance, utility, given, offsets, 0.1, rule, 1e-6)
 
 
-CASES: list[Case] = [case for cases in (head_cases, gibbs_cases, perturb_cases) for case in cases()]
+def attention_cases() -> Iterator[Case]:
+    """Attention with a tangent at every width of the table, under every mask, which takes the most
+    registers; in bf16 also causal alone and packed. float16 has the settings of bf16.
+    """
+    length, key_mask = 256, torch.empty(2, 256, dtype=torch.bool)
+    offsets, function = torch.zeros(3, dtype=torch.int32), attention_jvp.attention_jvp
+    for dtype, widths in ((torch.bfloat16, (64, 128, 256)), (torch.float32, (64, 128))):
+        for width in widths:
+            q, k = (torch.empty(2, heads, length, width, dtype=dtype) for heads in (4, 2))
+            every, scale = (q, k, k, q, k, k), width**-0.5
+            yield partial(function, *every, key_mask, None, True, scale, 50.0, 128)
+            if dtype == torch.bfloat16:
+                yield partial(function, *every, None, None, True, scale, 0.0, 0)
+                packed = (x[:1] for x in every)
+                yield partial(function, *packed, None, offsets, True, scale, 0.0, 0)
+
+
+CASES: list[Case] = [
+    case for cases in (head_cases, gibbs_cases, perturb_cases, attention_cases) for case in cases()
+]

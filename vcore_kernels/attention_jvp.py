@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vcore_kernels._head import autocast_to
 from vcore_kernels._library import define, no_derivative
-from vcore_kernels.backends import reference_attention, resolve
+from vcore_kernels.backends import reference_attention, resolve, triton
 from vcore_kernels.segments import check_offsets
 
 
@@ -29,6 +29,7 @@ define(
     _fake,
 )
 no_derivative("attention_jvp")
+triton.implement("attention_jvp", "attention_jvp")
 
 
 def attention_jvp(

@@ -105,6 +105,14 @@ def _triton_serves(op: str, tensor: torch.Tensor) -> Support:
     dtypes = _TRITON_PRODUCT_DTYPES if op in _PRODUCTS else _TRITON_DTYPES
     if tensor.is_floating_point() and tensor.dtype not in dtypes:
         return Support(False, f"triton has no kernel for {op} in {tensor.dtype}")
+    if op == "attention_jvp" and tensor.dim() == 4:
+        widest = 128 if tensor.dtype == torch.float32 else 256  # accumulators in registers
+        if tensor.shape[3] > widest:
+            return Support(
+                False,
+                f"triton has heads of at most {widest} columns in {tensor.dtype}, got "
+                f"{tensor.shape[3]}",
+            )
     if expected == "cuda" and torch.version.hip is None:
         return _capable("triton", tensor.device)
     return YES

@@ -167,3 +167,63 @@ GIBBS: dict[tuple[str, torch.dtype], Gibbs] = {
 }
 # Each tile costs the interpreter the same whatever its size.
 GIBBS["interpreter", torch.float32] = GIBBS["interpreter", torch.float64] = Gibbs(8192, 8)
+
+
+# ---- attention with a tangent ----
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """A block of queries, and how many keys a step of the inner loop takes."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    values: int = 256  # columns of v that a program takes; each forms the scores again
+
+
+# Keyed by architecture, kind, and the head's width padded to a power of two (at most the key). Two
+# accumulators of rows x width and two tiles of scores live in registers, q and dq and `stages`
+# tiles of k, dk, v, dv in shared memory.
+ATTENTION: dict[tuple[str, str, int], AttentionTile] = {
+    ("interpreter", "half", 256): AttentionTile(128, 64, 4, 1),  # few programs
+    ("interpreter", "float", 256): AttentionTile(128, 64, 4, 1),
+    # 16 rows a warp: more and they would be computed twice. With mma.sync q and dq live in
+    # registers too (width / 2 a thread), so that beside width 128 only 16 keys and half of v fit,
+    # and an eighth of v at 256.
+    ("sm80", "half", 64): AttentionTile(64, 32, 4, 2),
+    ("sm80", "half", 128): AttentionTile(128, 16, 8, 2, values=64),
+    ("sm80", "half", 256): AttentionTile(128, 16, 8, 2, values=32),
+    ("sm89", "half", 64): AttentionTile(64, 32, 4, 2),
+    ("sm89", "half", 128): AttentionTile(128, 16, 8, 2, values=64),
+    ("sm89", "half", 256): AttentionTile(64, 16, 8, 2, values=32),  # 146 KiB with 128 rows
+    # wgmma reads q and dq from shared memory: two warpgroups of 64 rows, 255 registers at width
+    # 128; at 256 the accumulators leave room for a quarter of v.
+    ("sm90", "half", 64): AttentionTile(128, 64, 8, 2),
+    ("sm90", "half", 128): AttentionTile(128, 32, 8, 2),
+    ("sm90", "half", 256): AttentionTile(128, 32, 8, 2, values=64),
+    # As sm90, but the accumulators pass through registers on the way to tensor memory and back:
+    # with all of v at width 128 they spill. Shared memory is short at 256.
+    ("sm100", "half", 64): AttentionTile(128, 64, 8, 2),
+    ("sm100", "half", 128): AttentionTile(128, 32, 8, 2, values=64),
+    ("sm100", "half", 256): AttentionTile(128, 16, 8, 2, values=64),
+    # 512 registers a thread, 64 KiB of LDS: it is the LDS that limits keys and stages.
+    ("gfx942", "half", 64): AttentionTile(64, 32, 4, 1),
+    ("gfx942", "half", 128): AttentionTile(64, 32, 4, 1),
+    ("gfx942", "half", 256): AttentionTile(64, 16, 4, 1, values=128),
+    # float32 is multiplied without tensor cores, operands in registers: 32 rows or keys spill.
+    **{
+        (architecture, "float", width): AttentionTile(16, 16, width // 16, 2)
+        for architecture in ("sm80", "sm89", "sm90", "sm100")
+        for width in (64, 128)
+    },
+    ("gfx942", "float", 64): AttentionTile(64, 16, 4, 1),
+    ("gfx942", "float", 128): AttentionTile(64, 16, 4, 1, values=64),
+}
+
+
+def attention_tile(architecture: str, dtype: torch.dtype, width: int) -> AttentionTile:
+    """The settings for heads of ``width`` at most."""
+    widths = [w for a, k, w in ATTENTION if (a, k) == (architecture, kind(dtype)) and w >= width]
+    return ATTENTION[architecture, kind(dtype), min(widths)]

@@ -1,0 +1,140 @@
+"""Attention with a tangent beside PyTorch's own, and the dual pass of a model, in one process.
+
+    python -m pytest benchmarks/bench_attention.py -q (--benchmark-json=FILE keeps the figures)
+
+Every subject runs once in each round, in turn, so that a busy machine slows all of them alike;
+"ratio" is the median over the rounds of its time over that of the first subject in the same round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
+
+from vcore_kernels import attention_jvp
+
+ROUNDS = 7
+
+
+def compare(benchmark, capsys, title: str, subjects: dict[str, Callable]) -> None:
+    """Times the subjects in turn and prints what each costs in units of the first."""
+    rounds: list[dict[str, float]] = []
+
+    def one_round():
+        times = {}
+        for name, call in subjects.items():
+            start = time.perf_counter()
+            call()
+            times[name] = time.perf_counter() - start
+        rounds.append(times)
+
+    benchmark.pedantic(one_round, rounds=ROUNDS, iterations=1, warmup_rounds=1)
+    del rounds[0]
+    unit = next(iter(subjects))
+    lines = [f"{title}, {torch.get_num_threads()} threads"]
+    for name in subjects:
+        ratios = sorted(r[name] / r[unit] for r in rounds)
+        row = {
+            "ms": 1e3 * statistics.median(r[name] for r in rounds),
+            "ratio": statistics.median(ratios),
+            "ratio, extremes": (ratios[0], ratios[-1]),
+            "ratio of the fastest": min(r[name] for r in rounds) / min(r[unit] for r in rounds),
+        }
+        benchmark.extra_info[name] = row
+        lines.append(
+            f"  {name:36s} {row['ms']:8.1f} ms   ratio {row['ratio']:.2f} ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}), of the fastest {row['ratio of the fastest']:.2f}"
+        )
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(4, 128), (4, 512), (1, 2048)], ids=str)
+def test_attention(benchmark, batch, length, capsys):
+    """8 heads of 64 over 4 key heads, causal, bf16."""
+    generator = torch.Generator().manual_seed(0)
+    q, dq, k, dk, v, dv = (
+        torch.randn(batch, length, heads, 64, generator=generator).bfloat16().transpose(1, 2)
+        for heads in (8, 8, 4, 4, 4, 4)
+    )
+    lowest = torch.finfo(torch.bfloat16).min
+    mask = torch.full((length, length), lowest, dtype=torch.bfloat16).triu(1)
+
+    def eager(q, k, v):  # as in transformers
+        keys, values = (x.repeat_interleave(2, 1) for x in (k, v))
+        scores = torch.matmul(q, keys.transpose(2, 3)) * 0.125 + mask
+        return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype), values)
+
+    def eager_dual():
+        with fwAD.dual_level():
+            duals = (fwAD.make_dual(x, dx) for x, dx in ((q, dq), (k, dk), (v, dv)))
+            return fwAD.unpack_dual(eager(*duals))
+
+    def jvp():
+        return attention_jvp(q, k, v, dq, dk, dv, causal=True, scale=0.125)
+
+    subjects = {
+        "SDPA forward": lambda: F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        ),
+        "attention_jvp": jvp,
+        "attention_jvp, no tangents": lambda: attention_jvp(
+            q, k, v, None, None, None, causal=True, scale=0.125
+        ),
+        "eager forward": lambda: eager(q, k, v),
+        "eager, dual": eager_dual,
+    }
+    for value, expected in zip(jvp(), eager_dual(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        compare(benchmark, capsys, f"bf16, B={batch} T={length} H=8/4 D=64", subjects)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all parameters", "LoRA"])
+def test_dual_pass(benchmark, lora, capsys):
+    """Utilities of 4 x 512 tokens, 6-layer Qwen3 with H = 512, bf16, in units of a forward pass."""
+    transformers = pytest.importorskip("transformers")
+    import peft
+    from vcore_train import attention
+    from vcore_train.modeling import token_nll, trainable_parameters
+    from vcore_train.utilities import token_utilities
+
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    model = transformers.Qwen3ForCausalLM(config).bfloat16()
+    if lora:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
+        model = model.bfloat16()
+    model.eval()
+    inputs = {"input_ids": torch.randint(0, 8192, (4, 512))}
+    inputs["labels"] = inputs["input_ids"]
+    direction = {n: torch.randn_like(p) for n, p in trainable_parameters(model).items()}
+
+    def with_eager_attention():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "serves", lambda lm: False)
+            return token_utilities(model, inputs, direction)
+
+    def ours():
+        return token_utilities(model, inputs, direction)
+
+    agreement = torch.corrcoef(torch.stack([ours().flatten(), with_eager_attention().flatten()]))
+    assert agreement[0, 1] > 0.99
+    subjects = {
+        "forward, SDPA": torch.no_grad()(lambda: token_nll(model, inputs)),
+        "dual pass": ours,
+        "dual pass, eager attention": with_eager_attention,
+    }
+    compare(benchmark, capsys, "Qwen3, 6 layers, 4 x 512, " + ("LoRA" if lora else "all"), subjects)
