@@ -68,11 +68,11 @@ def _take(
     z,  # [ROWS, PART] of hidden weight'
     dz,  # [ROWS, PART] of the second products, or z where there are none
     o_row,
-    i_part,  # which tile of PART columns
+    i_part,  # which part of PART columns
     count,
     p_bias,
     p_second_bias,
-    p_index,
+    p_order,
     p_target,
     p_max,
     p_sum,
@@ -123,7 +123,7 @@ def _take(
             moved = (t + d) / (1.0 + t * d)
             dz = softcap * d * (1.0 - t * moved)
 
-    i_token = tl.load(p_index + o_chunk + i_rows, mask=m_rows, other=0)
+    i_token = tl.load(p_order + o_chunk + i_rows, mask=m_rows, other=0)
     target = tl.load(p_target + i_token, mask=m_rows, other=-1).to(tl.int32)
     is_target = i_columns[None, :] == target[:, None]
     if MODE == "gradients":
@@ -182,7 +182,7 @@ def _logit_tiles(
     p_second_weight,  # [V, H] its tangent, or the perturbed one
     p_bias,  # [V]
     p_second_bias,  # [V] its tangent, or the difference to the perturbed one
-    p_index,  # int32 [N] the token of each row in order of work
+    p_order,  # int32 [N] the token of each row in order of work
     p_target,  # int64 [N]
     p_counts,  # int32 [2] rows that have a gradient, rows that have a loss
     # statistics of each tile of columns, [tiles, R]
@@ -244,6 +244,32 @@ def _logit_tiles(
     row_tiles = tl.cdiv(tl.maximum(count, 0), ROWS)
     column_tiles = tl.cdiv(V, COLUMNS)
     PART: tl.constexpr = COLUMNS // PARTS
+    shared = (
+        count,
+        p_bias,
+        p_second_bias,
+        p_order,
+        p_target,
+        p_max,
+        p_sum,
+        p_moment,
+        p_second_max,
+        p_second_sum,
+        p_at_target,
+        p_second_at_target,
+        p_kept,
+        p_nll,
+        p_top,
+        p_rest,
+        p_factor,
+        p_unit,
+        V,
+        s_kept,
+        o_chunk,
+        R,
+        scale,
+        softcap,
+    )
     for i_tile in tl.range(tl.program_id(0), row_tiles * column_tiles, programs, flatten=FLATTEN):
         i_row_tile = i_tile % row_tiles
         i_column_tile = i_tile // row_tiles
@@ -271,261 +297,25 @@ def _logit_tiles(
         if MODE != "jvp" and MODE != "pair":
             dz = z
         # A part at a time, so that its exponentials and masks fit into registers beside the rest.
+        i_part = i_column_tile * PARTS
         if PARTS == 1:
-            _take(
-                z,
-                dz,
-                o_row,
-                i_column_tile,
-                count,
-                p_bias,
-                p_second_bias,
-                p_index,
-                p_target,
-                p_max,
-                p_sum,
-                p_moment,
-                p_second_max,
-                p_second_sum,
-                p_at_target,
-                p_second_at_target,
-                p_kept,
-                p_nll,
-                p_top,
-                p_rest,
-                p_factor,
-                p_unit,
-                V,
-                s_kept,
-                o_chunk,
-                R,
-                scale,
-                softcap,
-                MODE,
-                ROWS,
-                PART,
-                SOFTCAP,
-                KEPT_SCALE,
-            )
+            _take(z, dz, o_row, i_part, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
         else:
             z0, z1 = halves(z, ROWS, COLUMNS)
             dz0, dz1 = halves(dz, ROWS, COLUMNS)
             if PARTS == 2:
-                _take(
-                    z0,
-                    dz0,
-                    o_row,
-                    i_column_tile * 2,
-                    count,
-                    p_bias,
-                    p_second_bias,
-                    p_index,
-                    p_target,
-                    p_max,
-                    p_sum,
-                    p_moment,
-                    p_second_max,
-                    p_second_sum,
-                    p_at_target,
-                    p_second_at_target,
-                    p_kept,
-                    p_nll,
-                    p_top,
-                    p_rest,
-                    p_factor,
-                    p_unit,
-                    V,
-                    s_kept,
-                    o_chunk,
-                    R,
-                    scale,
-                    softcap,
-                    MODE,
-                    ROWS,
-                    PART,
-                    SOFTCAP,
-                    KEPT_SCALE,
-                )
-                _take(
-                    z1,
-                    dz1,
-                    o_row,
-                    i_column_tile * 2 + 1,
-                    count,
-                    p_bias,
-                    p_second_bias,
-                    p_index,
-                    p_target,
-                    p_max,
-                    p_sum,
-                    p_moment,
-                    p_second_max,
-                    p_second_sum,
-                    p_at_target,
-                    p_second_at_target,
-                    p_kept,
-                    p_nll,
-                    p_top,
-                    p_rest,
-                    p_factor,
-                    p_unit,
-                    V,
-                    s_kept,
-                    o_chunk,
-                    R,
-                    scale,
-                    softcap,
-                    MODE,
-                    ROWS,
-                    PART,
-                    SOFTCAP,
-                    KEPT_SCALE,
-                )
+                _take(z0, dz0, o_row, i_part, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
+                _take(z1, dz1, o_row, i_part + 1, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
             else:
-                z00, z01 = halves(z0, ROWS, COLUMNS // 2)
-                dz00, dz01 = halves(dz0, ROWS, COLUMNS // 2)
-                _take(
-                    z00,
-                    dz00,
-                    o_row,
-                    i_column_tile * 4,
-                    count,
-                    p_bias,
-                    p_second_bias,
-                    p_index,
-                    p_target,
-                    p_max,
-                    p_sum,
-                    p_moment,
-                    p_second_max,
-                    p_second_sum,
-                    p_at_target,
-                    p_second_at_target,
-                    p_kept,
-                    p_nll,
-                    p_top,
-                    p_rest,
-                    p_factor,
-                    p_unit,
-                    V,
-                    s_kept,
-                    o_chunk,
-                    R,
-                    scale,
-                    softcap,
-                    MODE,
-                    ROWS,
-                    PART,
-                    SOFTCAP,
-                    KEPT_SCALE,
-                )
-                _take(
-                    z01,
-                    dz01,
-                    o_row,
-                    i_column_tile * 4 + 1,
-                    count,
-                    p_bias,
-                    p_second_bias,
-                    p_index,
-                    p_target,
-                    p_max,
-                    p_sum,
-                    p_moment,
-                    p_second_max,
-                    p_second_sum,
-                    p_at_target,
-                    p_second_at_target,
-                    p_kept,
-                    p_nll,
-                    p_top,
-                    p_rest,
-                    p_factor,
-                    p_unit,
-                    V,
-                    s_kept,
-                    o_chunk,
-                    R,
-                    scale,
-                    softcap,
-                    MODE,
-                    ROWS,
-                    PART,
-                    SOFTCAP,
-                    KEPT_SCALE,
-                )
-                z10, z11 = halves(z1, ROWS, COLUMNS // 2)
-                dz10, dz11 = halves(dz1, ROWS, COLUMNS // 2)
-                _take(
-                    z10,
-                    dz10,
-                    o_row,
-                    i_column_tile * 4 + 2,
-                    count,
-                    p_bias,
-                    p_second_bias,
-                    p_index,
-                    p_target,
-                    p_max,
-                    p_sum,
-                    p_moment,
-                    p_second_max,
-                    p_second_sum,
-                    p_at_target,
-                    p_second_at_target,
-                    p_kept,
-                    p_nll,
-                    p_top,
-                    p_rest,
-                    p_factor,
-                    p_unit,
-                    V,
-                    s_kept,
-                    o_chunk,
-                    R,
-                    scale,
-                    softcap,
-                    MODE,
-                    ROWS,
-                    PART,
-                    SOFTCAP,
-                    KEPT_SCALE,
-                )
-                _take(
-                    z11,
-                    dz11,
-                    o_row,
-                    i_column_tile * 4 + 3,
-                    count,
-                    p_bias,
-                    p_second_bias,
-                    p_index,
-                    p_target,
-                    p_max,
-                    p_sum,
-                    p_moment,
-                    p_second_max,
-                    p_second_sum,
-                    p_at_target,
-                    p_second_at_target,
-                    p_kept,
-                    p_nll,
-                    p_top,
-                    p_rest,
-                    p_factor,
-                    p_unit,
-                    V,
-                    s_kept,
-                    o_chunk,
-                    R,
-                    scale,
-                    softcap,
-                    MODE,
-                    ROWS,
-                    PART,
-                    SOFTCAP,
-                    KEPT_SCALE,
-                )
+                half: tl.constexpr = COLUMNS // 2
+                z00, z01 = halves(z0, ROWS, half)
+                dz00, dz01 = halves(dz0, ROWS, half)
+                _take(z00, dz00, o_row, i_part, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
+                _take(z01, dz01, o_row, i_part + 1, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
+                z10, z11 = halves(z1, ROWS, half)
+                dz10, dz11 = halves(dz1, ROWS, half)
+                _take(z10, dz10, o_row, i_part + 2, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
+                _take(z11, dz11, o_row, i_part + 3, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
 
 
 def precision(dtype: torch.dtype) -> str:
