@@ -34,7 +34,7 @@ def head_cases() -> Iterator[Case]:
 
 
 def _tables_use_copies() -> bool:
-    return tuning.LOGITS[common.recorded_architecture, "half", 1].tma
+    return tuning.LOGITS[common.recorded_architecture, "half", "one"].tma
 
 
 def _where(condition: Callable[[], bool], case: Case) -> None:

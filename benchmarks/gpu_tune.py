@@ -39,11 +39,11 @@ class Sweep:
 
 
 SWEEPS = (
-    Sweep("LOGITS", ("half", 1), "vcore: nll alone", "no gradient"),
+    Sweep("LOGITS", ("half", "one"), "vcore: nll alone", "no gradient"),
     Sweep("HIDDEN_GRADIENT", ("half",), "vcore: known weights", "frozen"),
     Sweep("WEIGHT_GRADIENT", ("half",), "vcore: known weights", "trained"),
-    Sweep("LOGITS", ("half", 2), "vcore: jvp", "tangent, frozen", 2),
-    Sweep("LOGITS", ("half", 3), "vcore: jvp", "tangent, trained", 2),
+    Sweep("LOGITS", ("half", "jvp"), "vcore: jvp", "tangent, frozen", 2),
+    Sweep("LOGITS", ("half", "jvp+weight"), "vcore: jvp", "tangent, trained", 2),
 )
 
 

@@ -43,10 +43,20 @@ def _head(weight, target, bias, softcap: float, scale: float, ignore_index: int)
 
 
 def _product_ready(matrix: Tensor) -> Tensor:
-    """A matrix whose rows are contiguous, and not empty: a width of 0 becomes 16 zeros."""
+    """A matrix as products want it, itself wherever possible.
+
+    Its rows are contiguous, aligned where the copy engine could serve their width, and not empty: a
+    width of 0 becomes 16 zeros.
+    """
     if matrix.shape[1] == 0:
         return F.pad(matrix, (0, 16))
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    aligned = row_bytes % 16 == 0 and matrix.data_ptr() % 16 == 0
+    overlapping = matrix.stride(0) < matrix.shape[1] and matrix.shape[0] > 1
+    needs = tuning.copy_engine_serves(matrix.shape[1], matrix.dtype)
+    if matrix.stride(1) != 1 or (needs and (overlapping or not aligned)):
+        return matrix.clone(memory_format=torch.contiguous_format)
+    return matrix
 
 
 def _rows(hidden: Tensor) -> Tensor:
@@ -62,7 +72,7 @@ def _new_statistics(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks_of_statistics(hidden: Tensor, head: Head, parts: int) -> list[Chunk]:
     """Chunks that keep nothing but ``parts`` statistics of each tile, and as many gathered rows."""
-    tiles = settings(hidden.device, hidden.dtype)
+    tiles = settings(head.weight)
     number = cdiv(head.vocabulary, tiles.columns) * tiles.parts
     row_bytes = parts * (number * 4 + hidden.shape[1] * hidden.element_size())
     return chunks(hidden.shape[0], row_bytes, tuning.STATISTICS)
@@ -136,7 +146,7 @@ def _forward_with_gradients(
     """nll and lse; ``gradients`` are those of sum(factor * nll)."""
     nll, lse = _new_statistics(hidden)
     work = order_of_work(head.target, head.ignore_index, factor)
-    settled = settings(hidden.device, hidden.dtype)
+    settled = settings(head.weight)
     for chunk in gradients.chunks:
         rows = gather(hidden, work, chunk)
         tiles = statistics_of("keep", rows, head, work, chunk, kept=gradients.logits)

@@ -14,7 +14,7 @@ from vcore_kernels.triton.common import (
     launch,
     multiprocessors,
 )
-from vcore_kernels.triton.head_logits import load_tile, operand, precision, tma_serves
+from vcore_kernels.triton.head_logits import load_tile, operand, precision
 from vcore_kernels.triton.head_rows import KEPT_SCALE, Chunk, Work
 
 
@@ -202,15 +202,14 @@ def hidden_gradient(
 ) -> None:
     """Writes the rows of ``out`` that the chunk's tokens have."""
     v, h = weight.shape
-    tiles = tuning.HIDDEN_GRADIENT[architecture(weight.device), tuning.kind(weight.dtype)]
-    tma = tiles.tma and tma_serves(gradient) and tma_serves(weight)
+    tiles = tuning.tiles(tuning.HIDDEN_GRADIENT, architecture(weight.device), weight.dtype, h)
     programs = multiprocessors(weight.device) * tiles.programs
     programs = min(programs, cdiv(chunk.rows, tiles.rows) * cdiv(h, tiles.columns))
     launch(
         _hidden_gradient,
         (programs,),
-        operand(gradient, (tiles.rows, tiles.depth), tma),
-        operand(weight, (tiles.depth, tiles.columns), tma),
+        operand(gradient, (tiles.rows, tiles.depth), tiles.tma),
+        operand(weight, (tiles.depth, tiles.columns), tiles.tma),
         out,
         *work,
         unit,
@@ -224,7 +223,7 @@ def hidden_gradient(
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
         PARTS=tiles.parts,
-        TMA=tma,
+        TMA=tiles.tma,
         FLATTEN=tiles.flatten,
         PRECISION=precision(weight.dtype),
         KEPT_SCALE=KEPT_SCALE[weight.dtype],
@@ -243,15 +242,14 @@ def weight_gradient(
 ) -> None:
     """Writes ``out`` in the first chunk, adds to it in the others."""
     v, h = out.shape
-    tiles = tuning.WEIGHT_GRADIENT[architecture(out.device), tuning.kind(hidden.dtype)]
-    tma = tiles.tma and tma_serves(gradient) and tma_serves(hidden)
+    tiles = tuning.tiles(tuning.WEIGHT_GRADIENT, architecture(out.device), hidden.dtype, h)
     programs = multiprocessors(out.device) * tiles.programs
     programs = min(programs, cdiv(v, tiles.rows) * cdiv(h, tiles.columns))
     launch(
         _weight_gradient,
         (programs,),
-        operand(gradient, (tiles.depth, tiles.rows), tma),
-        operand(hidden, (tiles.depth, tiles.columns), tma),
+        operand(gradient, (tiles.depth, tiles.rows), tiles.tma),
+        operand(hidden, (tiles.depth, tiles.columns), tiles.tma),
         out,
         work.counts,
         unit,
@@ -265,7 +263,7 @@ def weight_gradient(
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
         PARTS=tiles.parts,
-        TMA=tma,
+        TMA=tiles.tma,
         FLATTEN=tiles.flatten,
         PRECISION=precision(hidden.dtype),
         KEPT_SCALE=KEPT_SCALE[hidden.dtype],

@@ -325,14 +325,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def operand(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:
-    """What a kernel loads tiles of ``matrix`` from; the copy engine wants 16-byte strides."""
-    if tma and tma_serves(matrix):
+    """What a kernel loads tiles of ``matrix`` from."""
+    if tma:
         return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
     return matrix
-
-
-def tma_serves(matrix: Tensor) -> bool:
-    return (matrix.stride(0) * matrix.element_size()) % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 class Second(NamedTuple):
@@ -343,13 +339,11 @@ class Second(NamedTuple):
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
 
-    @property
-    def products(self) -> int:
-        return 2 if self.weight is None else 3
 
-
-def settings(device: torch.device, dtype: torch.dtype, products: int = 1) -> tuning.Tiles:
-    return tuning.LOGITS[architecture(device), tuning.kind(dtype), products]
+def settings(weight: Tensor, products: str = "one") -> tuning.Tiles:
+    """How the logits of a head are tiled."""
+    where = architecture(weight.device)
+    return tuning.tiles(tuning.LOGITS, where, weight.dtype, weight.shape[1], products)
 
 
 def statistics_of(
@@ -362,7 +356,8 @@ def statistics_of(
     kept: Tensor | None = None,  # [R, V]
 ) -> TileStatistics:
     """One sweep over the weight: MODE losses, keep, jvp or pair of the kernel."""
-    tiles = settings(hidden.device, hidden.dtype, second.products if second else 1)
+    products = "one" if second is None else mode if second.weight is None else f"{mode}+weight"
+    tiles = settings(head.weight, products)
     number = cdiv(head.vocabulary, tiles.columns) * tiles.parts  # the last ones may be empty
 
     def of_tiles() -> Tensor:
@@ -393,7 +388,7 @@ def logit_gradients(
     out: Tensor,  # [R, V]
 ) -> None:
     """Forms the logits again and writes factor * d nll / d product, in units of unit/KEPT_SCALE."""
-    tiles = settings(hidden.device, hidden.dtype)
+    tiles = settings(head.weight)
     _sweep("gradients", hidden, head, work, chunk, tiles, kept=out, known=known)
 
 
@@ -413,13 +408,12 @@ def _sweep(
     width = hidden.shape[1]
     right = [head.weight, second.weight if second else None]
     left = [hidden, second.hidden if second else None, second.right_hidden if second else None]
-    tma = tiles.tma and all(tma_serves(m) for m in (*left, *right) if m is not None)
 
     def described(
         matrices: list[Tensor | None], rows: int
     ) -> list[Tensor | TensorDescriptor | None]:
         block = (rows, tiles.depth)
-        return [None if m is None else operand(m, block, tma) for m in matrices]
+        return [None if m is None else operand(m, block, tiles.tma) for m in matrices]
 
     programs = multiprocessors(hidden.device) * tiles.programs
     needed = cdiv(chunk.rows, tiles.rows) * cdiv(head.vocabulary, tiles.columns)
@@ -450,7 +444,7 @@ def _sweep(
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
         PARTS=tiles.parts,
-        TMA=tma,
+        TMA=tiles.tma,
         FLATTEN=tiles.flatten,
         PRECISION=precision(hidden.dtype),
         SOFTCAP=head.softcap != 0,

@@ -5,7 +5,7 @@ Every line has been compiled ahead of time without spills and within the shared 
 arithmetic; `python benchmarks/gpu.py --tune` measures the alternatives on a device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,26 @@ class Tiles:
         return self.columns // self.parts
 
 
+# Where an architecture has no line of its own: float32 products are the same everywhere, and
+# operands that the copy engine cannot serve are loaded as on sm80.
+_INSTEAD = {"sm89": "sm80", "sm90": "sm80", "sm100": "sm80"}
+
+
+def tiles(table: dict, architecture: str, dtype: torch.dtype, width: int, *products: str) -> Tiles:
+    """The line of ``table`` for operands of ``dtype`` whose rows are ``width`` long."""
+    key = (kind(dtype), *products)
+    line = table.get((architecture, *key))
+    if line is None or (line.tma and not copy_engine_serves(width, dtype)):
+        fallback = (_INSTEAD.get(architecture, architecture), *key)
+        line = replace(table[fallback], tma=False)
+    return line
+
+
+def copy_engine_serves(width: int, dtype: torch.dtype) -> bool:
+    """It takes rows that are a multiple of 16 bytes apart."""
+    return width * dtype.itemsize % 16 == 0
+
+
 def kind(dtype: torch.dtype) -> str:
     """The tables' key for the operands' dtype: half (bf16, fp16) or float."""
     return "float" if dtype == torch.float32 else "half"
@@ -50,47 +70,70 @@ def elements(architecture: str) -> int:
     return 1 << 18 if architecture == "interpreter" else 4096
 
 
-# Logits and their statistics. Keyed by architecture, kind, and the products formed at once: 1, 2
-# (a tangent or perturbed hidden), 3 (and weight). The column tile fixes the order of summation, so
-# it depends on nothing else: a row's loss is the same in every batch.
-LOGITS: dict[tuple[str, str, int], Tiles] = {
-    ("interpreter", "half", 1): Tiles(64, 512, 64, 4, 1, tma=True, parts=4),
-    ("interpreter", "half", 2): Tiles(64, 512, 64, 4, 1, tma=True, parts=2),
-    ("interpreter", "half", 3): Tiles(64, 256, 64, 4, 1, tma=True),
-    ("interpreter", "float", 1): Tiles(64, 512, 64, 4, 1, tma=True, parts=2),
-    ("interpreter", "float", 2): Tiles(64, 256, 64, 4, 1, tma=True),
-    ("interpreter", "float", 3): Tiles(64, 512, 64, 4, 1, tma=True, parts=4),
-    ("sm80", "half", 1): Tiles(128, 128, 64, 8, 3, parts=2),
-    ("sm80", "half", 2): Tiles(128, 128, 32, 8, 3, parts=4),
-    ("sm80", "half", 3): Tiles(128, 64, 64, 8, 2, parts=2),
-    ("sm80", "float", 1): Tiles(64, 64, 32, 4, 3),
-    ("sm80", "float", 2): Tiles(64, 64, 32, 8, 3, parts=2),
-    ("sm80", "float", 3): Tiles(64, 32, 16, 4, 3),
-    ("sm89", "half", 1): Tiles(128, 128, 32, 8, 3, parts=2),
-    ("sm89", "half", 2): Tiles(128, 128, 32, 8, 3, parts=4),
-    ("sm89", "half", 3): Tiles(128, 64, 32, 8, 3, parts=2),
-    ("sm89", "float", 1): Tiles(64, 64, 32, 4, 3),
-    ("sm89", "float", 2): Tiles(64, 64, 32, 8, 3, parts=2),
-    ("sm89", "float", 3): Tiles(64, 32, 16, 4, 3),
-    ("sm90", "half", 1): Tiles(128, 256, 64, 8, 3, tma=True, parts=4),
-    ("sm90", "half", 2): Tiles(128, 128, 64, 8, 4, tma=True, parts=4),
-    ("sm90", "half", 3): Tiles(128, 128, 64, 8, 3, tma=True, parts=4),
-    ("sm90", "float", 1): Tiles(64, 64, 32, 4, 3),
-    ("sm90", "float", 2): Tiles(64, 64, 32, 8, 3, parts=2),
-    ("sm90", "float", 3): Tiles(64, 32, 16, 4, 3),
-    ("sm100", "half", 1): Tiles(128, 256, 64, 8, 3, tma=True, parts=4),
-    ("sm100", "half", 2): Tiles(128, 128, 64, 8, 4, tma=True, parts=4),
-    # flattened, Triton 3.7 compiles these three products to an empty kernel
-    ("sm100", "half", 3): Tiles(128, 128, 64, 8, 2, tma=True, parts=4, flatten=False),
-    ("sm100", "float", 1): Tiles(64, 64, 32, 4, 3),
-    ("sm100", "float", 2): Tiles(64, 64, 32, 8, 3, parts=2),
-    ("sm100", "float", 3): Tiles(64, 32, 16, 4, 3),
-    ("gfx942", "half", 1): Tiles(64, 128, 64, 8, 2, parts=4, flatten=False),
-    ("gfx942", "half", 2): Tiles(64, 64, 64, 8, 2, parts=2, flatten=False),
-    ("gfx942", "half", 3): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
-    ("gfx942", "float", 1): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
-    ("gfx942", "float", 2): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
-    ("gfx942", "float", 3): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+# Logits and their statistics. The last key says which products a tile is for:
+#   one          hidden weight'
+#   jvp, pair    and second hidden weight': two accumulators
+#   ... + weight and hidden second weight': three products, more operands
+# The column tile fixes the order of summation, so it depends on nothing else: a row's loss is the
+# same in every batch.
+LOGITS: dict[tuple[str, str, str], Tiles] = {
+    # as few programs as possible: the interpreter takes milliseconds for each operation of each
+    ("interpreter", "half", "one"): Tiles(64, 512, 64, 4, 1, tma=True, parts=4),
+    ("interpreter", "half", "jvp"): Tiles(64, 512, 64, 4, 1, tma=True, parts=2),
+    ("interpreter", "half", "pair"): Tiles(64, 512, 64, 4, 1, tma=True, parts=4),
+    ("interpreter", "half", "jvp+weight"): Tiles(64, 256, 64, 4, 1, tma=True),
+    ("interpreter", "half", "pair+weight"): Tiles(64, 256, 64, 4, 1, tma=True),
+    ("interpreter", "float", "one"): Tiles(64, 512, 64, 4, 1, tma=True, parts=2),
+    ("interpreter", "float", "jvp"): Tiles(64, 256, 64, 4, 1, tma=True),
+    ("interpreter", "float", "pair"): Tiles(64, 256, 64, 4, 1, tma=True),
+    ("interpreter", "float", "jvp+weight"): Tiles(64, 512, 64, 4, 1, tma=True, parts=4),
+    ("interpreter", "float", "pair+weight"): Tiles(64, 512, 64, 4, 1, tma=True, parts=2),
+    # The largest accumulator that leaves registers for a part of the results: 64 floats a thread.
+    ("sm80", "half", "one"): Tiles(128, 128, 64, 8, 3, parts=2),
+    ("sm80", "half", "jvp"): Tiles(128, 128, 32, 8, 3, parts=4),
+    ("sm80", "half", "pair"): Tiles(128, 128, 32, 8, 3, parts=4),
+    ("sm80", "half", "jvp+weight"): Tiles(128, 64, 64, 8, 2, parts=2),
+    ("sm80", "half", "pair+weight"): Tiles(128, 64, 64, 8, 2, parts=2),
+    # float32 without tensor cores keeps operands in registers too: small tiles everywhere.
+    ("sm80", "float", "one"): Tiles(64, 64, 32, 4, 3),
+    ("sm80", "float", "jvp"): Tiles(64, 64, 32, 8, 3, parts=2),
+    ("sm80", "float", "pair"): Tiles(64, 64, 32, 8, 3, parts=2),
+    ("sm80", "float", "jvp+weight"): Tiles(64, 32, 16, 4, 3),
+    ("sm80", "float", "pair+weight"): Tiles(64, 32, 16, 4, 3),
+    # As sm80, in 99 KiB of shared memory.
+    ("sm89", "half", "one"): Tiles(128, 128, 32, 8, 3, parts=2),
+    ("sm89", "half", "jvp"): Tiles(128, 128, 32, 8, 3, parts=4),
+    ("sm89", "half", "pair"): Tiles(128, 128, 32, 8, 3, parts=4),
+    ("sm89", "half", "jvp+weight"): Tiles(128, 64, 32, 8, 3, parts=2),
+    ("sm89", "half", "pair+weight"): Tiles(128, 64, 32, 8, 3, parts=2),
+    # wgmma at its widest, 64 x 256, from 3 buffers of 48 KiB; 128 floats of accumulator a thread
+    # leave room for a quarter of the results at a time (halves spill under a soft cap).
+    ("sm90", "half", "one"): Tiles(128, 256, 64, 8, 3, tma=True, parts=4),
+    # Two accumulators of 64 floats. Flattened, ptxas waits after every wgmma of two chains (C7515).
+    ("sm90", "half", "jvp"): Tiles(128, 128, 64, 8, 4, tma=True, parts=4, flatten=False),
+    ("sm90", "half", "jvp+weight"): Tiles(128, 128, 64, 8, 3, tma=True, parts=4, flatten=False),
+    # Five statistics a row: at 128 columns 32 bytes a thread spill.
+    ("sm90", "half", "pair"): Tiles(128, 64, 64, 8, 4, tma=True, parts=2, flatten=False),
+    ("sm90", "half", "pair+weight"): Tiles(128, 64, 64, 8, 3, tma=True, parts=2, flatten=False),
+    # Accumulators live in tensor memory; the limits are shared memory and the results' registers.
+    ("sm100", "half", "one"): Tiles(128, 256, 64, 8, 3, tma=True, parts=4),
+    # Flattened, Triton 3.7 compiles the three products of jvp+weight to an empty kernel.
+    ("sm100", "half", "jvp"): Tiles(128, 128, 64, 8, 4, tma=True, parts=4, flatten=False),
+    ("sm100", "half", "pair"): Tiles(128, 128, 64, 8, 4, tma=True, parts=4, flatten=False),
+    ("sm100", "half", "jvp+weight"): Tiles(128, 128, 64, 8, 2, tma=True, parts=4, flatten=False),
+    ("sm100", "half", "pair+weight"): Tiles(128, 128, 64, 8, 2, tma=True, parts=4, flatten=False),
+    # 64 rows, parts, loops not flattened: otherwise scalar registers spill, and splitting a tile of
+    # 128 columns takes 96 KiB of the 64 KiB of shared memory.
+    ("gfx942", "half", "one"): Tiles(64, 128, 64, 8, 2, parts=4, flatten=False),
+    ("gfx942", "half", "jvp"): Tiles(64, 64, 64, 8, 2, parts=2, flatten=False),
+    ("gfx942", "half", "pair"): Tiles(64, 64, 64, 8, 2, parts=2, flatten=False),
+    ("gfx942", "half", "jvp+weight"): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "half", "pair+weight"): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", "one"): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", "jvp"): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", "pair"): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", "jvp+weight"): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
+    ("gfx942", "float", "pair+weight"): Tiles(64, 64, 32, 8, 2, parts=2, flatten=False),
 }
 
 # Gradient of hidden: rows x H over the vocabulary.
@@ -100,11 +143,8 @@ HIDDEN_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("sm80", "half"): Tiles(128, 128, 64, 8, 3),
     ("sm80", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm89", "half"): Tiles(128, 128, 32, 8, 3),
-    ("sm89", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
-    ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
-    ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, flatten=False),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2, flatten=False),
 }
@@ -116,11 +156,8 @@ WEIGHT_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("sm80", "half"): Tiles(128, 128, 64, 8, 3, parts=2),
     ("sm80", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm89", "half"): Tiles(128, 128, 32, 8, 3, parts=2),
-    ("sm89", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
-    ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
-    ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, flatten=False),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2, flatten=False),
 }
