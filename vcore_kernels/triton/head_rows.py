@@ -140,7 +140,9 @@ def gather(
     """
     out = x.new_empty(chunk.rows, x.shape[1])
     columns = min(1024, triton.next_power_of_2(x.shape[1]))
-    rows = min(tuning.ROW_BLOCK, tuning.elements(architecture(x.device)) // columns)
+    # two operands at a time take twice the registers
+    elements = tuning.elements(architecture(x.device)) // (1 if minus is None else 2)
+    rows = min(tuning.ROW_BLOCK, elements // columns)
     grid = (cdiv(chunk.rows, rows), cdiv(x.shape[1], columns))
     strides = (*x.stride(), *(x.stride() if minus is None else minus.stride()))
     launch(

@@ -30,18 +30,19 @@ class Tiles:
         return self.columns // self.parts
 
 
-# Where an architecture has no line of its own: float32 products are the same everywhere, and
-# operands that the copy engine cannot serve are loaded as on sm80.
+# Where an architecture has no line of its own: float32 products are the same everywhere.
 _INSTEAD = {"sm89": "sm80", "sm90": "sm80", "sm100": "sm80"}
 
 
 def tiles(table: dict, architecture: str, dtype: torch.dtype, width: int, *products: str) -> Tiles:
     """The line of ``table`` for operands of ``dtype`` whose rows are ``width`` long."""
     key = (kind(dtype), *products)
-    line = table.get((architecture, *key))
-    if line is None or (line.tma and not copy_engine_serves(width, dtype)):
-        fallback = (_INSTEAD.get(architecture, architecture), *key)
-        line = replace(table[fallback], tma=False)
+    if (architecture, *key) not in table:
+        architecture = _INSTEAD[architecture]
+    line = table[(architecture, *key)]
+    if line.tma and not copy_engine_serves(width, dtype):
+        interpreted = architecture == "interpreter"
+        line = replace(line, tma=False) if interpreted else table[("unaligned", *key)]
     return line
 
 
@@ -115,10 +116,17 @@ LOGITS: dict[tuple[str, str, str], Tiles] = {
     # Five statistics a row: at 128 columns 32 bytes a thread spill.
     ("sm90", "half", "pair"): Tiles(128, 64, 64, 8, 4, tma=True, parts=2, flatten=False),
     ("sm90", "half", "pair+weight"): Tiles(128, 64, 64, 8, 3, tma=True, parts=2, flatten=False),
+    # Without the copy engine the addresses of three buffers take the registers of half a tile. Odd
+    # widths are rare: these are small enough for every architecture that has the engine.
+    ("unaligned", "half", "one"): Tiles(128, 64, 32, 8, 3, parts=2),
+    ("unaligned", "half", "jvp"): Tiles(128, 64, 32, 8, 3, parts=2),
+    ("unaligned", "half", "pair"): Tiles(128, 64, 32, 8, 3, parts=2),
+    ("unaligned", "half", "jvp+weight"): Tiles(64, 64, 32, 4, 2, parts=2),
+    ("unaligned", "half", "pair+weight"): Tiles(64, 64, 32, 4, 2, parts=2),
     # Accumulators live in tensor memory; the limits are shared memory and the results' registers.
     ("sm100", "half", "one"): Tiles(128, 256, 64, 8, 3, tma=True, parts=4),
     # Flattened, Triton 3.7 compiles the three products of jvp+weight to an empty kernel.
-    ("sm100", "half", "jvp"): Tiles(128, 128, 64, 8, 4, tma=True, parts=4, flatten=False),
+    ("sm100", "half", "jvp"): Tiles(128, 128, 64, 8, 4, tma=True, parts=4),
     ("sm100", "half", "pair"): Tiles(128, 128, 64, 8, 4, tma=True, parts=4, flatten=False),
     ("sm100", "half", "jvp+weight"): Tiles(128, 128, 64, 8, 2, tma=True, parts=4, flatten=False),
     ("sm100", "half", "pair+weight"): Tiles(128, 128, 64, 8, 2, tma=True, parts=4, flatten=False),
@@ -145,6 +153,7 @@ HIDDEN_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("sm89", "half"): Tiles(128, 128, 32, 8, 3),
     ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
     ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
+    ("unaligned", "half"): Tiles(128, 64, 32, 8, 3),
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, flatten=False),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2, flatten=False),
 }
@@ -157,7 +166,8 @@ WEIGHT_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("sm80", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm89", "half"): Tiles(128, 128, 32, 8, 3, parts=2),
     ("sm90", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
-    ("sm100", "half"): Tiles(128, 256, 64, 8, 3, tma=True, parts=2),
+    ("sm100", "half"): Tiles(128, 128, 64, 8, 4, tma=True, parts=2),
+    ("unaligned", "half"): Tiles(64, 128, 32, 8, 3),
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2, flatten=False),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2, flatten=False),
 }
@@ -199,7 +209,7 @@ GIBBS: dict[tuple[str, torch.dtype], Gibbs] = {
     for name in ("interpreter", "sm80", "sm89", "sm90", "sm100", "gfx942")
     for dtype, table in (
         (torch.float32, Gibbs(1024, 8)),
-        (torch.float64, Gibbs(512, 8)),
+        (torch.float64, Gibbs(256, 8)),
     )
 }
 # Each tile costs the interpreter the same whatever its size.
