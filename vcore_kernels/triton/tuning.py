@@ -36,14 +36,14 @@ _INSTEAD = {"sm89": "sm80", "sm90": "sm80", "sm100": "sm80"}
 
 def tiles(table: dict, architecture: str, dtype: torch.dtype, width: int, *products: str) -> Tiles:
     """The line of ``table`` for operands of ``dtype`` whose rows are ``width`` long."""
-    key = (kind(dtype), *products)
-    if (architecture, *key) not in table:
-        architecture = _INSTEAD[architecture]
-    line = table[(architecture, *key)]
-    if line.tma and not copy_engine_serves(width, dtype):
-        interpreted = architecture == "interpreter"
-        line = replace(line, tma=False) if interpreted else table[("unaligned", *key)]
-    return line
+    key = (architecture, kind(dtype), *products)
+    if key not in table:
+        key = (_INSTEAD[architecture], *key[1:])
+    if table[key].tma and not copy_engine_serves(width, dtype):
+        if architecture == "interpreter":
+            return replace(table[key], tma=False)
+        key = ("unaligned", *key[1:])
+    return table[key]
 
 
 def copy_engine_serves(width: int, dtype: torch.dtype) -> bool:
