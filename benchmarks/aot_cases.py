@@ -43,7 +43,15 @@ def _where(condition: Callable[[], bool], case: Case) -> None:
 
 
 def _head_cases(dtype: torch.dtype, h: int, rich: bool, tangents: bool = True) -> Iterator[Case]:
-    n, v = 256, 512
+    yield from _head_cases_of(256, dtype, h, rich, tangents)
+    if rich and h % 8 == 0:  # few tiles: the vocabulary is split between programs
+        yield from _head_cases_of(128, dtype, 64, rich, False)
+
+
+def _head_cases_of(
+    n: int, dtype: torch.dtype, h: int, rich: bool, tangents: bool
+) -> Iterator[Case]:
+    v = 512
     hidden, weight, bias = (torch.empty(size, dtype=dtype) for size in ((n, h), (v, h), (v,)))
     vector, lse = torch.empty(n), torch.empty(2, n)
     operands = hidden, weight, torch.zeros(n, dtype=torch.int64)

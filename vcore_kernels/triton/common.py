@@ -92,7 +92,7 @@ def multiprocessors(device: torch.device) -> int:
     """How many programs a persistent grid can keep busy, one on each multiprocessor."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 3  # under the interpreter: few, so that programs take several tiles
+    return 6  # under the interpreter: few, so that programs take several tiles
 
 
 def cdiv(a: int, b: int) -> int:

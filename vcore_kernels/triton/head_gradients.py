@@ -1,5 +1,6 @@
 """Products of the logits' gradients: d_hidden = G weight, d_weight = G' hidden, d_bias = G' 1."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,8 +56,8 @@ def _put(
 def _hidden_gradient(
     p_gradient,  # [R, V] of stride s_gradient; a descriptor with TMA
     p_weight,  # [V, H] of stride s_weight; a descriptor with TMA
-    p_out,  # [N, H]
-    p_index,
+    p_out,  # [N, H], or with SPLIT float32 [splits, R, H]
+    p_order,
     p_counts,
     p_unit,
     V,
@@ -65,7 +66,10 @@ def _hidden_gradient(
     s_weight,
     o_chunk,
     R,
+    span,  # vocabulary entries of a split, a multiple of DEPTH
+    splits,
     programs,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -78,31 +82,71 @@ def _hidden_gradient(
     """out[token of r] = sum over v of gradient[r, v] * weight[v].
 
     Grid: ``programs`` persistent ones; a tile of ROWS x COLUMNS of the output at a time. The number
-    of rows is read on the device. Accumulated in float32 along V, rounded once.
+    of rows is read on the device. Accumulated in float32 along V, rounded once. With SPLIT the
+    vocabulary is taken in ``splits`` ranges whose sums, not yet out of their units, stay apart.
     """
     count = tl.minimum(tl.load(p_counts) - o_chunk, R)
     row_tiles = tl.cdiv(tl.maximum(count, 0), ROWS)
-    for i_tile in tl.range(
-        tl.program_id(0), row_tiles * tl.cdiv(H, COLUMNS), programs, flatten=FLATTEN
-    ):
+    column_tiles = tl.cdiv(H, COLUMNS)
+    tiles = row_tiles * column_tiles * splits
+    half: tl.constexpr = COLUMNS // 2
+    for i_tile in tl.range(tl.program_id(0), tiles, programs, flatten=FLATTEN):
         o_row = (i_tile % row_tiles) * ROWS
-        o_column = (i_tile // row_tiles) * COLUMNS
+        o_column = (i_tile // row_tiles % column_tiles) * COLUMNS
+        i_split = i_tile // (row_tiles * column_tiles)
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for v in range(0, V, DEPTH):
+        for v in range(i_split * span, tl.minimum(i_split * span + span, V), DEPTH):
             g = load_tile(p_gradient, s_gradient, o_row, v, R, V, ROWS, DEPTH, TMA)
             w = load_tile(p_weight, s_weight, v, o_column, V, H, DEPTH, COLUMNS, TMA)
             acc = dot(g, w, acc, PRECISION)
         i_rows = o_row + tl.arange(0, ROWS)
         m_rows = i_rows < count
-        i_token = tl.load(p_index + o_chunk + i_rows, mask=m_rows, other=0)
+        if SPLIT:
+            i_out = i_split * R + i_rows
+            unit, kept_scale = None, 1.0
+        else:
+            i_out = tl.load(p_order + o_chunk + i_rows, mask=m_rows, other=0)
+            unit, kept_scale = p_unit, KEPT_SCALE
         if PARTS == 1:
-            _put(acc, p_out, i_token, m_rows, o_column, H, p_unit, False, COLUMNS, KEPT_SCALE)
+            _put(acc, p_out, i_out, m_rows, o_column, H, unit, False, COLUMNS, kept_scale)
         else:
             left, right = halves(acc, ROWS, COLUMNS)
-            half: tl.constexpr = COLUMNS // 2
-            _put(left, p_out, i_token, m_rows, o_column, H, p_unit, False, half, KEPT_SCALE)
+            _put(left, p_out, i_out, m_rows, o_column, H, unit, False, half, kept_scale)
             o_column += half
-            _put(right, p_out, i_token, m_rows, o_column, H, p_unit, False, half, KEPT_SCALE)
+            _put(right, p_out, i_out, m_rows, o_column, H, unit, False, half, kept_scale)
+
+
+@triton.jit
+def _add_splits(
+    p_sums,  # float32 [splits, R, H]
+    p_out,  # [N, H]
+    p_order,
+    p_counts,
+    p_unit,
+    H,
+    o_chunk,
+    R,
+    splits,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+):
+    """out[token of r] = the splits' sums added in their order, rounded once.
+
+    Grid: (row tiles, column tiles).
+    """
+    count = tl.minimum(tl.load(p_counts) - o_chunk, R)
+    i_rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i_columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    m_rows = i_rows < count
+    mask = m_rows[:, None] & (i_columns < H)[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i_split in range(0, splits):
+        offsets = (i_split * R + i_rows).to(tl.int64)[:, None] * H + i_columns[None, :]
+        acc += tl.load(p_sums + offsets, mask=mask, other=0.0)
+    i_token = tl.load(p_order + o_chunk + i_rows, mask=m_rows, other=0)
+    o_column = tl.program_id(1) * COLUMNS
+    _put(acc, p_out, i_token, m_rows, o_column, H, p_unit, False, COLUMNS, KEPT_SCALE)
 
 
 @triton.jit
@@ -202,15 +246,22 @@ def hidden_gradient(
 ) -> None:
     """Writes the rows of ``out`` that the chunk's tokens have."""
     v, h = weight.shape
-    tiles = tuning.tiles(tuning.HIDDEN_GRADIENT, architecture(weight.device), weight.dtype, h)
+    where = architecture(weight.device)
+    tiles = tuning.tiles(tuning.HIDDEN_GRADIENT, where, weight.dtype, h)
     programs = multiprocessors(weight.device) * tiles.programs
-    programs = min(programs, cdiv(chunk.rows, tiles.rows) * cdiv(h, tiles.columns))
+    needed = cdiv(chunk.rows, tiles.rows) * cdiv(h, tiles.columns)
+    # Narrow models have fewer tiles than programs: the vocabulary is then shared out as well.
+    steps = cdiv(v, tiles.depth)
+    span = cdiv(steps, max(1, programs // needed))
+    splits = cdiv(steps, span)
+    programs = min(programs, needed * splits)
+    sums = out if splits == 1 else out.new_empty(splits * chunk.rows, h, dtype=torch.float32)
     launch(
         _hidden_gradient,
         (programs,),
         operand(gradient, (tiles.rows, tiles.depth), tiles.tma),
         operand(weight, (tiles.depth, tiles.columns), tiles.tma),
-        out,
+        sums,
         *work,
         unit,
         v,
@@ -218,7 +269,10 @@ def hidden_gradient(
         gradient.stride(0),
         weight.stride(0),
         *chunk,
+        span * tiles.depth,
+        splits,
         programs,
+        SPLIT=splits > 1,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
@@ -230,6 +284,24 @@ def hidden_gradient(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+    if splits > 1:
+        columns = min(1024, triton.next_power_of_2(h))
+        rows = min(tuning.ROW_BLOCK, tuning.elements(where) // columns)
+        launch(
+            _add_splits,
+            (cdiv(chunk.rows, rows), cdiv(h, columns)),
+            sums,
+            out,
+            *work,
+            unit,
+            h,
+            *chunk,
+            splits,
+            ROWS=rows,
+            COLUMNS=columns,
+            KEPT_SCALE=KEPT_SCALE[weight.dtype],
+            num_warps=8,
+        )
 
 
 def weight_gradient(
