@@ -137,8 +137,9 @@ def linear_nll(
             checks).
 
     Returns:
-        nll, shaped like ``target``; float32, or float64 for float64 input. 0 where ignored. On a
-        CPU the nll of a token does not depend on the batch around it, bit for bit.
+        nll, shaped like ``target``; float32, or float64 for float64 input. 0 where ignored. With
+        the compiled and the Triton kernels the nll of a token does not depend on the batch around
+        it, bit for bit.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the
