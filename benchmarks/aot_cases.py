@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vcore_kernels.triton import attention_jvp, common, gibbs, head, perturb, tuning
+from vcore_kernels.triton import attention_jvp, common, gibbs, head, head_norms, perturb, tuning
 
 Case = Callable[[], object]
 
@@ -85,6 +85,32 @@ def _in_two_chunks(function: Callable, *args: object) -> None:
         tuning.WORKSPACE = before
 
 
+def norm_cases() -> Iterator[Case]:
+    """By tiles of the gradient and by pairs of tokens, in two slices of the vocabulary."""
+    n, v = 256, 1024
+    target, offsets = torch.zeros(n, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    for dtype, h, softcap in (
+        (torch.bfloat16, 512, 30.0),
+        (torch.bfloat16, 516, 30.0),
+        (torch.float16, 512, 0.0),
+        (torch.float32, 512, 30.0),
+    ):
+        tensors = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype), target
+        bias = torch.empty(v, dtype=dtype) if softcap else None
+        for length in (0, n // 2):
+            yield partial(_in_two_slices, *tensors, bias, offsets, length, softcap, 1.0, -100)
+
+
+def _in_two_slices(hidden: Tensor, *args: object) -> None:
+    """The first slice writes the grams, the second adds to them."""
+    before = tuning.WORKSPACE
+    tuning.WORKSPACE = 256 * 512 * hidden.element_size()
+    try:
+        head_norms.linear_nll_grad_norms(hidden, *args)
+    finally:
+        tuning.WORKSPACE = before
+
+
 def perturb_cases() -> Iterator[Case]:
     half, single, double = torch.bfloat16, torch.float32, torch.float64
     for dtype, g_dtype, seed, swap in (
@@ -131,5 +157,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 CASES: list[Case] = [
-    case for cases in (head_cases, gibbs_cases, perturb_cases, attention_cases) for case in cases()
+    case
+    for cases in (head_cases, norm_cases, gibbs_cases, perturb_cases, attention_cases)
+    for case in cases()
 ]

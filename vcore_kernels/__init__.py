@@ -7,6 +7,7 @@ from vcore_kernels.dft_loss import dft_loss
 from vcore_kernels.gibbs_weights import GibbsWeights, gibbs_weights
 from vcore_kernels.iw_sft_loss import iw_sft_loss
 from vcore_kernels.linear_nll import linear_nll
+from vcore_kernels.linear_nll_grad_norms import linear_nll_grad_norms
 from vcore_kernels.linear_nll_jvp import linear_nll_jvp
 from vcore_kernels.linear_nll_pair import linear_nll_pair
 from vcore_kernels.perturbed import (
@@ -38,6 +39,7 @@ __all__ = [
     "gibbs_weights",
     "iw_sft_loss",
     "linear_nll",
+    "linear_nll_grad_norms",
     "linear_nll_jvp",
     "linear_nll_pair",
     "perturb_",

@@ -34,6 +34,7 @@ class Support:
 YES = Support(True)
 _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_OPS = ("perturb_",)
+_NOT_IN_CPP = ("linear_nll_grad_norms",)
 _TRITON_DTYPES = _CPP_DTYPES
 _TRITON_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCTS = (
@@ -42,6 +43,7 @@ _PRODUCTS = (
     "weighted_linear_nll",
     "linear_nll_jvp",
     "linear_nll_pair",
+    "linear_nll_grad_norms",
 )
 
 # op -> the backend that served its last eager call. For tests and `vcore info`.
@@ -81,6 +83,8 @@ def supports(backend: str, op: str, *tensors: torch.Tensor) -> Support:
 
 
 def _cpp_serves(op: str, tensor: torch.Tensor) -> Support:
+    if op in _NOT_IN_CPP:
+        return Support(False, f"cpp has no kernel for {op}")
     if tensor.device.type != "cpu":
         return Support(False, f"cpp serves CPU tensors, got {tensor.device}")
     if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:

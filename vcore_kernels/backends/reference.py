@@ -4,6 +4,7 @@ It stores the logits. Everything else in this library is tested against it in fl
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -114,3 +115,39 @@ def linear_nll_pair(
         args = (target, bias_perturbed.to(acc), *args[2:])
     perturbed = linear_nll(hidden_perturbed.to(acc), weight_perturbed.to(acc), *args)
     return nll, nll - perturbed
+
+
+@torch.no_grad()
+def linear_nll_grad_norms(
+    hidden, weight, target, bias, offsets, length, softcap, scale, ignore_index
+) -> Tensor:
+    """[S]: the logits of one sequence at a time, and the gradient in slices of the vocabulary.
+
+    ``softcap`` 0 means none. Waits for the device, which alone knows the segments' bounds.
+    """
+    acc = statistics_dtype(hidden.dtype)
+    wide, softcap = weight.to(acc), softcap or None
+    step = max(1, _SLICE // max(1, weight.shape[1]))
+    norms = hidden.new_zeros(offsets.shape[0] - 1, dtype=acc)
+    with without_autocast(hidden.device.type):
+        for i_segment, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            labels = target[begin:end]
+            supervised = labels != ignore_index
+            labels, rows = labels[supervised], hidden[begin:end][supervised].to(acc)
+            gradient = _logit_gradients(rows, wide, labels, bias, softcap, scale)
+            squares = [(g.T @ rows).square().sum() for g in gradient.split(step, dim=1)]
+            norms[i_segment] = torch.stack(squares).sum().sqrt()
+    return norms
+
+
+_SLICE = 1 << 24  # entries of the weight's gradient at a time
+
+
+def _logit_gradients(rows, weight, target, bias, softcap, scale) -> Tensor:
+    """d nll / d (hidden @ weight.T) for supervised rows: [n, V]."""
+    logits = head_logits(rows, weight, bias, softcap, scale)
+    nll = nll_of_logits(logits, target, -100)
+    # 1 - p keeps its relative accuracy where p is close to 1
+    at_target = torch.expm1(-nll).unsqueeze(1)
+    gradient = logits.softmax(1).scatter(1, target.unsqueeze(1), at_target) * scale
+    return gradient if softcap is None else gradient * (1 - (logits / softcap) ** 2)
