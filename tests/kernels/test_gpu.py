@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from vcore_kernels import (
     gibbs_weights,
     linear_nll,
+    linear_nll_grad_norms,
     linear_nll_jvp,
     linear_nll_pair,
     perturbed,
@@ -54,6 +55,7 @@ class Head:
         self.token_weight = torch.rand(n, generator=generator, device=device)
         self.hidden_tangent = normal(n, h)
         self.weight_tangent = normal(v, h, scale=3 / h**0.5)
+        self.offsets = torch.tensor([0, n // 3, n // 3, n], dtype=torch.int32, device=device)
 
     @property
     def wanted(self):
@@ -91,6 +93,16 @@ class Head:
             self.weight_tangent,
             backend=backend,
             **options,
+        )
+
+    def norms(self):
+        """Of padded sequences, and of packed ones."""
+        tensors = self.hidden, self.weight, self.target
+        padded = self.hidden.unflatten(0, (4, -1)), self.weight, self.target.unflatten(0, (4, -1))
+        options = {"bias": self.bias, "softcap": 30.0, "backend": "triton"}
+        return (
+            linear_nll_grad_norms(*padded, **options),
+            linear_nll_grad_norms(*tensors, cu_seqlens=self.offsets, **options),
         )
 
     def pair(self, backend="triton", **options):
@@ -234,7 +246,7 @@ def captured(call):
     return graph, results
 
 
-@pytest.mark.parametrize("name", ["known", "late", "jvp", "pair"])
+@pytest.mark.parametrize("name", ["known", "late", "jvp", "pair", "norms"])
 def test_cuda_graph_of_the_head(cuda, name):
     head, other = (Head(300, 64, 1000, torch.bfloat16, cuda, seed=seed) for seed in (0, 1))
     graph, results = captured(getattr(head, name))
@@ -269,7 +281,7 @@ def test_nothing_waits_for_the_device(cuda):
     mask = torch.rand(4, 100, device=cuda) < 0.8
 
     def everything():
-        head.known(), head.late(), head.jvp(), head.pair()
+        head.known(), head.late(), head.jvp(), head.pair(), head.norms()
         for scope in ("trajectory", "batch"):
             options = {"mask": mask, "kl_budget": 0.2, "kl_scope": scope, "backend": "triton"}
             gibbs_weights(utility, **options)

@@ -34,7 +34,6 @@ from vcore_kernels.triton.head_logits import (
     operand,
     precision,
     settings,
-    tma_serves,
 )
 from vcore_kernels.triton.head_rows import KEPT_SCALE, Chunk, Head, Known, Work
 
@@ -236,7 +235,7 @@ def _gradient_slices(
     """
     v, dtype = head.vocabulary, rows.hidden.dtype
     r = rows.hidden.shape[0]
-    multiple = max(multiple, settings(rows.hidden.device, dtype).columns)
+    multiple = max(multiple, settings(head.weight).columns)
     most = max(multiple, tuning.WORKSPACE // (r * dtype.itemsize) // multiple * multiple)
     width = cdiv(cdiv(v, cdiv(v, most)), multiple) * multiple
     kept = rows.hidden.new_empty(r, min(width, cdiv(v, 64) * 64))
@@ -254,6 +253,11 @@ def _gradient_slices(
 
 
 # ---- the two ways ----
+
+
+def _gram_tiles(hidden: Tensor) -> tuning.Tiles:
+    where, width = architecture(hidden.device), 64  # the gradients' rows are multiples of it
+    return tuning.tiles(tuning.NORM_GRAM, where, hidden.dtype, width)
 
 
 def gram_is_cheaper(length: int, v: int, h: int, tiles: tuning.Tiles) -> bool:
@@ -277,20 +281,19 @@ def _norms(squares: Tensor, factor: float) -> Tensor:
 def _by_product(hidden: Tensor, head: Head, offsets: Tensor) -> Tensor:
     """[S] through tiles of the weight's gradient."""
     dtype, h = hidden.dtype, hidden.shape[1]
-    tiles = tuning.NORM_PRODUCT[architecture(hidden.device), tuning.kind(dtype)]
+    tiles = tuning.tiles(tuning.NORM_PRODUCT, architecture(hidden.device), dtype, h)
     rows = _by_segment(hidden, head, offsets, tiles.depth)
     known, unit = _known(hidden, head)
     number, columns = offsets.shape[0] - 1, cdiv(h, tiles.columns)
     all_tiles = cdiv(head.vocabulary, tiles.rows) * columns
     squares = hidden.new_empty(number, all_tiles, dtype=torch.float32)
     for start, gradient in _gradient_slices(rows, head, known, tiles.rows):
-        tma = tiles.tma and tma_serves(gradient) and tma_serves(rows.hidden)
         v = gradient.shape[1]
         launch(
             _squares_of_products,
             (number * cdiv(v, tiles.rows) * columns,),
-            operand(gradient, (tiles.depth, tiles.rows), tma),
-            operand(rows.hidden, (tiles.depth, tiles.columns), tma),
+            operand(gradient, (tiles.depth, tiles.rows), tiles.tma),
+            operand(rows.hidden, (tiles.depth, tiles.columns), tiles.tma),
             rows.starts,
             squares,
             v,
@@ -302,7 +305,7 @@ def _by_product(hidden: Tensor, head: Head, offsets: Tensor) -> Tensor:
             ROWS=tiles.rows,
             COLUMNS=tiles.columns,
             DEPTH=tiles.depth,
-            TMA=tma,
+            TMA=tiles.tma,
             PRECISION=precision(dtype),
             KEPT_SCALE=KEPT_SCALE[dtype],
             num_warps=tiles.warps,
@@ -314,7 +317,7 @@ def _by_product(hidden: Tensor, head: Head, offsets: Tensor) -> Tensor:
 def _by_gram(hidden: Tensor, head: Head, offsets: Tensor, length: int) -> Tensor:
     """[B] through the products of all pairs of a sequence's tokens, ``length`` at most."""
     dtype, number = hidden.dtype, offsets.shape[0] - 1
-    tiles = tuning.NORM_GRAM[architecture(hidden.device), tuning.kind(dtype)]
+    tiles = _gram_tiles(hidden)
     rows = _by_segment(hidden, head, offsets, 1)
     known, unit = _known(hidden, head)
     row_tiles = cdiv(length, tiles.rows)
@@ -322,11 +325,10 @@ def _by_gram(hidden: Tensor, head: Head, offsets: Tensor, length: int) -> Tensor
     gram = hidden.new_empty(number, side, side, dtype=torch.float32)
     r, h = rows.hidden.shape
     for start, gradient in _gradient_slices(rows, head, known, tiles.depth):
-        tma = tiles.tma and tma_serves(gradient)
         launch(
             _gram_of_gradients,
             (number * row_tiles**2,),
-            operand(gradient, (tiles.rows, tiles.depth), tma),
+            operand(gradient, (tiles.rows, tiles.depth), tiles.tma),
             rows.starts,
             gram,
             gradient.shape[1],
@@ -336,19 +338,18 @@ def _by_gram(hidden: Tensor, head: Head, offsets: Tensor, length: int) -> Tensor
             FIRST=start == 0,
             ROWS=tiles.rows,
             DEPTH=tiles.depth,
-            TMA=tma,
+            TMA=tiles.tma,
             PRECISION=precision(dtype),
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-    tiles = tuning.NORM_PAIRS[architecture(hidden.device), tuning.kind(dtype)]
+    tiles = tuning.tiles(tuning.NORM_PAIRS, architecture(hidden.device), dtype, h)
     squares = hidden.new_empty(number, (side // tiles.rows) ** 2, dtype=torch.float32)
-    tma = tiles.tma and tma_serves(rows.hidden)
     launch(
         _squares_of_grams,
         (squares.numel(),),
         gram,
-        operand(rows.hidden, (tiles.rows, tiles.depth), tma),
+        operand(rows.hidden, (tiles.rows, tiles.depth), tiles.tma),
         rows.starts,
         squares,
         h,
@@ -356,7 +357,7 @@ def _by_gram(hidden: Tensor, head: Head, offsets: Tensor, length: int) -> Tensor
         side,
         ROWS=tiles.rows,
         DEPTH=tiles.depth,
-        TMA=tma,
+        TMA=tiles.tma,
         PRECISION=precision(dtype),
         KEPT_SCALE=KEPT_SCALE[dtype],
         num_warps=tiles.warps,
@@ -375,7 +376,7 @@ def linear_nll_grad_norms(
         return hidden.new_zeros(number, dtype=torch.float32)
     head = _head(weight, target, bias, softcap, scale, ignore_index)
     rows = _rows(hidden)
-    tiles = tuning.NORM_GRAM[architecture(hidden.device), tuning.kind(hidden.dtype)]
+    tiles = _gram_tiles(rows)
     v, h = head.weight.shape
     if not length or not gram_is_cheaper(length, v, h, tiles):
         return _by_product(rows, head, offsets)

@@ -172,7 +172,6 @@ WEIGHT_GRADIENT: dict[tuple[str, str], Tiles] = {
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2, flatten=False),
 }
 
-
 # Norm of a sequence's weight gradient by its tiles: V x H over the sequence's rows, which are
 # filled up to a multiple of the depth. A program ends with its tile: short sequences take few
 # steps, so that more stages hide the first loads.
@@ -182,11 +181,8 @@ NORM_PRODUCT: dict[tuple[str, str], Tiles] = {
     ("sm80", "half"): Tiles(128, 128, 64, 8, 3),
     ("sm80", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm89", "half"): Tiles(128, 128, 32, 8, 3),
-    ("sm89", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm90", "half"): Tiles(128, 256, 64, 8, 4, tma=True),
-    ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm100", "half"): Tiles(128, 256, 64, 8, 4, tma=True),
-    ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
@@ -196,13 +192,10 @@ NORM_GRAM: dict[tuple[str, str], Tiles] = {
     ("interpreter", "half"): Tiles(16, 16, 512, 4, 1, tma=True),
     ("interpreter", "float"): Tiles(16, 16, 512, 4, 1, tma=True),
     ("sm80", "half"): Tiles(128, 128, 64, 8, 3),
-    ("sm80", "float"): Tiles(64, 64, 32, 4, 3),
+    ("sm80", "float"): Tiles(64, 64, 16, 4, 3),
     ("sm89", "half"): Tiles(128, 128, 32, 8, 3),
-    ("sm89", "float"): Tiles(64, 64, 16, 8, 3),
     ("sm90", "half"): Tiles(128, 128, 64, 8, 4, tma=True),
-    ("sm90", "float"): Tiles(64, 64, 32, 4, 3),
     ("sm100", "half"): Tiles(128, 128, 64, 8, 4, tma=True),
-    ("sm100", "float"): Tiles(64, 64, 32, 4, 3),
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
@@ -213,13 +206,10 @@ NORM_PAIRS: dict[tuple[str, str], Tiles] = {
     ("interpreter", "half"): Tiles(16, 16, 128, 4, 1, tma=True),
     ("interpreter", "float"): Tiles(16, 16, 128, 4, 1, tma=True),
     ("sm80", "half"): Tiles(64, 64, 64, 4, 3),
-    ("sm80", "float"): Tiles(64, 64, 16, 8, 3),
+    ("sm80", "float"): Tiles(64, 64, 16, 4, 3),
     ("sm89", "half"): Tiles(64, 64, 64, 4, 3),
-    ("sm89", "float"): Tiles(64, 64, 16, 8, 3),
     ("sm90", "half"): Tiles(64, 64, 64, 4, 3, tma=True),
-    ("sm90", "float"): Tiles(64, 64, 16, 8, 3),
     ("sm100", "half"): Tiles(64, 64, 64, 4, 3, tma=True),
-    ("sm100", "float"): Tiles(64, 64, 16, 8, 3),
     ("gfx942", "half"): Tiles(64, 64, 64, 4, 2),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
