@@ -183,6 +183,7 @@ NORM_PRODUCT: dict[tuple[str, str], Tiles] = {
     ("sm89", "half"): Tiles(128, 128, 32, 8, 3),
     ("sm90", "half"): Tiles(128, 256, 64, 8, 4, tma=True),
     ("sm100", "half"): Tiles(128, 256, 64, 8, 4, tma=True),
+    ("unaligned", "half"): Tiles(64, 128, 32, 8, 3),
     ("gfx942", "half"): Tiles(128, 128, 64, 8, 2),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
@@ -210,6 +211,7 @@ NORM_PAIRS: dict[tuple[str, str], Tiles] = {
     ("sm89", "half"): Tiles(64, 64, 64, 4, 3),
     ("sm90", "half"): Tiles(64, 64, 64, 4, 3, tma=True),
     ("sm100", "half"): Tiles(64, 64, 64, 4, 3, tma=True),
+    ("unaligned", "half"): Tiles(64, 64, 32, 4, 3),
     ("gfx942", "half"): Tiles(64, 64, 64, 4, 2),
     ("gfx942", "float"): Tiles(64, 64, 32, 4, 2),
 }
