@@ -429,4 +429,5 @@ def test_gibbs_is_one_launch(cuda):
     utility = torch.randn(int(lengths.sum()), device=cuda)
     operator = torch.ops.vcore_kernels.gibbs_variance
     names = kernels_of(lambda: operator(utility, None, offsets, 0.1, "trajectory", 1e-6))
-    assert len(names) == 1, names
+    # beside it PyTorch's kernel that zeroes the ticket
+    assert len([name for name in names if "FillFunctor" not in name]) == 1, names

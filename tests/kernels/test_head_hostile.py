@@ -6,7 +6,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 import vcore_kernels
-from vcore_kernels import linear_nll, linear_nll_pair, weighted_linear_nll
+from vcore_kernels import linear_nll, linear_nll_jvp, linear_nll_pair, weighted_linear_nll
 
 ops = torch.ops.vcore_kernels
 needs_cpp = pytest.mark.skipif(
@@ -79,6 +79,43 @@ def test_float16_gradients_survive_small_weights_under_a_loss_scale(backend):
         torch.autograd.grad(loss * 65536, [hidden, weight]), truth, strict=True
     ):
         assert oracle.max_error(grad, expected) < 2e-3 * expected.abs().max().item()
+
+
+@pytest.mark.parametrize("scale", [64.0, 2.0**-14, 0.0])
+@pytest.mark.parametrize("known", [False, True], ids=["late", "known"])
+def test_float16_gradients_survive_the_scale_of_the_logits(known, scale, backend):
+    for trained in (False, True):
+        hidden, weight, target, _ = inputs(64, 32, 100, torch.float16, grad=True)
+        weight = (weight.detach() / 16).requires_grad_(trained)
+        leaves = [hidden, weight] if trained else [hidden]
+        exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        truth = torch.autograd.grad(oracle.head_nll(*exact, target, scale=scale).sum() * 5, exact)
+        if known:
+            factor = torch.full((64,), 5.0)
+            loss, _ = weighted_linear_nll(
+                hidden, weight, target, factor, scale=scale, backend=backend
+            )
+        else:
+            loss = linear_nll(hidden, weight, target, scale=scale, backend=backend).sum() * 5
+        grads = torch.autograd.grad(loss, leaves)
+        for grad, expected in zip(grads, truth, strict=False):
+            # where the result is small, the steps of float16 itself
+            bound = 4e-3 * expected.abs().max().item() + 2.0**-24
+            assert oracle.max_error(grad, expected) <= bound
+
+
+def test_the_tangent_of_a_bias_may_be_strided(backend):
+    hidden, weight, target, _ = inputs()
+    bias, tangent = torch.randn(40), torch.randn(80)
+    for strided in (tangent[::2], tangent[:1].expand(40)):
+        results = [
+            linear_nll_jvp(
+                hidden, weight, target, hidden, bias=bias, bias_tangent=each, backend=backend
+            )
+            for each in (strided, strided.clone(memory_format=torch.contiguous_format))
+        ]
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_width_of_zero(backend):

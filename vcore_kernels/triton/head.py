@@ -99,11 +99,13 @@ class _Gradients:
         self.hidden = torch.zeros(n, h, dtype=hidden_dtype, device=device) if need_hidden else None
         self.weight = fresh(v, h, dtype=weight_dtype, device=device) if need_weight else None
         self.bias = fresh(v, dtype=torch.float32, device=device) if need_bias else None
-        # float16 products in units of the largest factor: small factors would leave its range
+        # float16 products in units of the largest factor times the scale of the logits: small or
+        # large ones would leave its range
         self.unit = None
-        if hidden.dtype == torch.float16 and factor is not None and n:
-            tiny = torch.finfo(torch.float32).tiny
-            self.unit = factor.abs().amax().clamp(min=tiny).reshape(1)
+        if hidden.dtype == torch.float16 and n and (factor is not None or head.scale != 1):
+            one = torch.ones((), device=device)
+            unit = (one if factor is None else factor.abs().amax()) * (abs(head.scale) or 1.0)
+            self.unit = unit.clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
         row_bytes = v * hidden.element_size()
         limit = tuning.WORKSPACE
         if need_weight and writes_weight_gradient_directly(hidden, head.weight):
@@ -291,6 +293,7 @@ def linear_nll_pair(
 
 def _two_points(mode, hidden, head, second_hidden, second_weight, second_bias):
     hidden, second_hidden = _rows(hidden), _rows(second_hidden)
+    second_bias = None if second_bias is None else second_bias.contiguous()
     nll, lse = _new_statistics(hidden)
     other = torch.zeros_like(nll)
     work = order_of_work(head.target, head.ignore_index)

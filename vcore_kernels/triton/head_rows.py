@@ -324,8 +324,8 @@ def row_factor(p_factor, p_unit, i_token, mask, SIZE: tl.constexpr):
     factor = tl.full([SIZE], 1.0, tl.float32)
     if p_factor is not None:
         factor = tl.load(p_factor + i_token, mask=mask, other=0.0).to(tl.float32)
-        if p_unit is not None:
-            factor /= tl.load(p_unit)
+    if p_unit is not None:
+        factor /= tl.load(p_unit)
     return factor
 
 
