@@ -92,7 +92,7 @@ def attention_jvp(
     if cu_seqlens is not None:
         primals = [x.unsqueeze(0) for x in primals]
         tangents = [None if dx is None else dx.unsqueeze(0) for dx in tangents]
-        cu_seqlens = cu_seqlens.to(torch.int32)
+        cu_seqlens = cu_seqlens.to(torch.int32).contiguous()
     if key_mask is not None and key_mask.dtype != torch.bool:
         key_mask = key_mask != 0
     given = [x for x in (*primals, *tangents) if x is not None]

@@ -249,6 +249,27 @@ def test_empty(shape, backend):
         assert value.shape == tensors[0].shape
 
 
+def test_heads_of_no_width(backend):
+    """Scores of 0: values are averaged, and nothing beside the heads is read."""
+    q, k, v, dq, dk, dv = make(1, 2, 1, 5, 0, torch.float32, value_width=8)
+    given = [x.to(torch.get_default_device()) for x in (q, k, v, dq, dk, dv)]
+    out, dout = attention_jvp(*given, causal=True, scale=1.0, backend=backend)
+    for value, exact in ((out, v), (dout, dv)):
+        mean = exact.cumsum(2) / torch.arange(1.0, 6.0, device="cpu")[:, None]
+        torch.testing.assert_close(value.cpu(), mean.expand(1, 2, 5, 8))
+
+
+def test_offsets_that_lie_apart(backend):
+    """The offsets of every second segment's start; warnings are errors."""
+    packed = [x[0].to(torch.get_default_device()) for x in make(1, 2, 1, 10, 8, torch.float32)]
+    offsets = torch.tensor([0, 1, 3, 5, 10], dtype=torch.int32)[::2]
+    options = {"causal": True, "scale": 1.0, "backend": backend}
+    apart = attention_jvp(*packed, cu_seqlens=offsets, **options)
+    together = attention_jvp(*packed, cu_seqlens=offsets.clone(), **options)
+    for one, other in zip(apart, together, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_autocast(backend):
     tensors = make(2, 4, 2, 40, 32, torch.bfloat16)
     mixed = [x.float() if i % 3 == 0 else x for i, x in enumerate(tensors)]  # norms give float32

@@ -18,7 +18,7 @@ def _load_rows(p_x, i_rows, n_rows, o_column, stride, WIDTH: tl.constexpr, BLOCK
     i_columns = o_column + tl.arange(0, BLOCK)
     offsets = i_rows.to(tl.int64)[:, None] * stride + i_columns[None, :]
     mask = i_rows[:, None] < n_rows
-    if WIDTH % BLOCK != 0:
+    if WIDTH == 0 or WIDTH % BLOCK != 0:
         mask = mask & (i_columns[None, :] < WIDTH)
     return tl.load(p_x + offsets, mask=mask, other=0.0)
 
