@@ -130,6 +130,16 @@ def test_a_width_of_zero(backend):
         assert torch.autograd.grad(loss, hidden)[0].shape == (3, 0)
 
 
+def test_expanded_tensors_in_a_tangent(backend):
+    hidden, weight = torch.randn(1, 4).expand(3, 4), torch.randn(1, 4).expand(7, 4)
+    tangents = torch.randn(3, 4), torch.randn(7, 4)
+    target = torch.tensor([0, 1, 2])
+    given = linear_nll_jvp(hidden, weight, target, *tangents, backend=backend)
+    expected = linear_nll_jvp(hidden.clone(), weight.clone(), target, *tangents, backend=backend)
+    for one, other in zip(given, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_sequences_of_length_zero(backend):
     hidden, weight = torch.randn(2, 0, 4), torch.randn(7, 4)
     labels = torch.zeros(2, 0, dtype=torch.int64)

@@ -77,7 +77,8 @@ def linear_nll_jvp(
     def dual(primal, tangent):
         if primal is None or tangent is None:
             return primal
-        return fwAD.make_dual(primal.to(acc), tangent.to(acc))
+        primal = primal.to(acc).contiguous()  # no dual tensor has entries that share memory
+        return fwAD.make_dual(primal, tangent.to(acc))
 
     with fwAD.dual_level():
         nll, tangent = fwAD.unpack_dual(
