@@ -58,6 +58,10 @@ class VisibleKeys:
     cu_seqlens: Tensor | None = None  # int32 [S + 1] over the B * T flattened tokens
     window: int | None = None
 
+    def contiguous(self) -> "VisibleKeys":
+        """What transformers asks of every mask that it makes ahead for a static cache."""
+        return self
+
     @cached_property
     def dense(self) -> Tensor | None:
         """The same as bool, broadcasting to [B, 1, T, T]; None where it is causal alone."""

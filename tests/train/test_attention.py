@@ -197,10 +197,9 @@ def test_a_model_loaded_with_it_trains_and_generates():
     model.eval()
     prompt = padded_batch((6,))["input_ids"]
     expected = tiny_model("gemma2", attention="eager").eval()
-    options = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(
-        model.eval().generate(prompt, **options), expected.generate(prompt, **options)
-    )
+    for cache in (None, "static"):
+        options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache}
+        assert torch.equal(model.generate(prompt, **options), expected.generate(prompt, **options))
 
 
 def test_torch_func_jvp_goes_through():
