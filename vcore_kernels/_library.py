@@ -17,7 +17,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 COMPILED_PATH = Path(__file__).with_name("_C.so")
 CUDA_PATH = Path(__file__).with_name("_C_cuda.so")
 # Triton's interpreter: the Triton kernels then serve CPU tensors in the place of the compiled ones.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 _compiled: list[str] = []
 
@@ -112,5 +112,5 @@ def check_compiled() -> None:
         if missing:
             WHY_NOT_COMPILED = (
                 f"{COMPILED_PATH.name} is of another version of this package: it lacks "
-                f"{', '.join(missing)}. Build it again (make build, or pip install)."
+                f"{', '.join(missing)}. Build it again (make setup, or pip install)."
             )
