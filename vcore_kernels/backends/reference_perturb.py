@@ -106,7 +106,7 @@ def _round(x: Tensor, dtype: torch.dtype, seed: int, tensor: int) -> Tensor:
 
 
 def _philox(size: int, seed: int, tensor: int, device: torch.device) -> Tensor:
-    """``size`` random 32-bit words as int64, laid out as in csrc/perturb_kernels.cpp."""
+    """``size`` random 32-bit words as int64, laid out as in csrc/perturb_formats.h."""
     counter = torch.arange((size + 1023) // 1024 * 256, device=device)
     words = [counter & _LOW, counter >> 32, torch.full_like(counter, tensor)]
     words.append(torch.zeros_like(counter))

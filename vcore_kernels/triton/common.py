@@ -89,7 +89,7 @@ def _architecture(device: torch.device) -> str:
 
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs a persistent grid can keep busy, one on each multiprocessor."""
+    """Multiprocessors of ``device``: a persistent grid keeps a few programs on each."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 6  # under the interpreter: few, so that programs take several tiles
