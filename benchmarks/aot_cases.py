@@ -21,7 +21,7 @@ def head_cases() -> Iterator[Case]:
 
     Without them only on sm90; in float16, which has the settings of
     bf16, only what makes gradients, where it is scaled; with rows that a copy engine does not serve
-    (H = 516) where the tables use one.
+    (H = 516) where the tables use one, and there also an odd vocabulary.
     """
     yield from _head_cases(torch.bfloat16, 512, rich=True)
     yield from _head_cases(torch.float32, 512, rich=True)
@@ -30,6 +30,8 @@ def head_cases() -> Iterator[Case]:
     for case in _head_cases(torch.bfloat16, 512, rich=False):
         yield partial(_where, lambda: common.recorded_architecture == "sm90", case)
     for case in _head_cases(torch.bfloat16, 516, rich=True):
+        yield partial(_where, _tables_use_copies, case)
+    for case in (*_gradient_cases(256, 512, 515), *_gradient_cases(128, 64, 515)):
         yield partial(_where, _tables_use_copies, case)
 
 
@@ -46,6 +48,8 @@ def _head_cases(dtype: torch.dtype, h: int, rich: bool, tangents: bool = True) -
     yield from _head_cases_of(256, dtype, h, rich, tangents)
     if rich and h % 8 == 0:  # few tiles: the vocabulary is split between programs
         yield from _head_cases_of(128, dtype, 64, rich, False)
+        if dtype == torch.bfloat16:
+            yield from _gradient_cases(256, h, 512)
 
 
 def _head_cases_of(
@@ -71,6 +75,28 @@ def _head_cases_of(
         for out in (dtype, torch.float32):
             yield partial(head.scale_cast, hidden, torch.empty(()), out)
             yield partial(head.scale_cast, hidden, vector, out)
+
+
+def _gradient_cases(n: int, h: int, v: int) -> Iterator[Case]:
+    """A trained head, in two chunks and in one, whose d_weight needs no accumulator."""
+    hidden, weight = (
+        torch.empty(n, h, dtype=torch.bfloat16),
+        torch.empty(v, h, dtype=torch.bfloat16),
+    )
+    operands = hidden, weight, torch.zeros(n, dtype=torch.int64), torch.empty(n), None
+    for how in (_in_two_chunks, _directly):
+        yield partial(
+            how, head.weighted_linear_nll_forward, *operands, 0.0, 1.0, -100, True, True, False
+        )
+
+
+def _directly(function: Callable, *args: object) -> None:
+    before = head.writes_weight_gradient_directly
+    head.writes_weight_gradient_directly = lambda *_: True
+    try:
+        function(*args)
+    finally:
+        head.writes_weight_gradient_directly = before
 
 
 def _in_two_chunks(function: Callable, *args: object) -> None:

@@ -114,7 +114,7 @@ def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, d
     On an accelerator the check is asynchronous, so as not to wait for the device, and the error
     surfaces as a device-side assertion; ``debug=True`` waits and raises here.
     """
-    if target.numel() == 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or target.numel() == 0:
         return
     valid = (target == ignore_index) | ((target >= 0) & (target < vocabulary))
     if target.device.type != "cpu" and not debug:

@@ -30,7 +30,7 @@ def ragged(dtype=torch.float32, lengths=(70, 0, 1, 16, 17, 33, 5)):
 def short_tiles(monkeypatch):
     """Tiles of 16 tokens, so that segments take several."""
     for key in tuning.GIBBS:
-        monkeypatch.setitem(tuning.GIBBS, key, tuning.Gibbs(16, 1))
+        monkeypatch.setitem(tuning.GIBBS, key, tuning.Gibbs(16, 1, 1))
 
 
 @pytest.mark.parametrize(("rule", "value"), RULES)

@@ -726,13 +726,14 @@ def gibbs_variance(
 
     table = tuning.GIBBS[architecture(utility.device), utility.dtype]
     options: dict[str, Any] = {"BLOCK": table.block, "num_warps": table.warps}
+    search: dict[str, Any] = {"BLOCK": table.block, "num_warps": table.step_warps}
     if rule == "batch" and value == 0:
         rule = "trajectory"  # uniform
     if rule == "batch":
         for step in range(1 + BATCH_STEPS):
             launch(
                 _batch_kernel, (number,), utility, mask, offsets, moments, counter, state, number,
-                value, resolution, FIRST=step == 0, **options,
+                value, resolution, FIRST=step == 0, **search,
             )  # fmt: skip
     launch(
         _gibbs_kernel, (number,), utility, mask, offsets, q, weight, stats, flags, variance,

@@ -21,6 +21,7 @@ from vcore_kernels.triton.head_gradients import bias_gradient, hidden_gradient, 
 from vcore_kernels.triton.head_logits import (
     Second,
     logit_gradients,
+    products_of,
     settings,
     statistics_of,
 )
@@ -70,11 +71,13 @@ def _new_statistics(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.new_zeros(n, dtype=torch.float32), hidden.new_zeros(2, n, dtype=torch.float32)
 
 
-def _chunks_of_statistics(hidden: Tensor, head: Head, parts: int) -> list[Chunk]:
-    """Chunks that keep nothing but ``parts`` statistics of each tile, and as many gathered rows."""
-    tiles = settings(head.weight)
+def _chunks_of_statistics(
+    hidden: Tensor, head: Head, products: str, statistics: int, gathered: int
+) -> list[Chunk]:
+    """Chunks that keep ``statistics`` of each part of a tile and gather their rows so often."""
+    tiles = settings(head.weight, products)
     number = cdiv(head.vocabulary, tiles.columns) * tiles.parts
-    row_bytes = parts * (number * 4 + hidden.shape[1] * hidden.element_size())
+    row_bytes = statistics * number * 4 + gathered * hidden.shape[1] * hidden.element_size()
     return chunks(hidden.shape[0], row_bytes, tuning.STATISTICS)
 
 
@@ -162,7 +165,7 @@ def _forward_with_gradients(
 def _forward(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     nll, lse = _new_statistics(hidden)
     work = order_of_work(head.target, head.ignore_index)
-    for chunk in _chunks_of_statistics(hidden, head, 2):
+    for chunk in _chunks_of_statistics(hidden, head, "one", 2, 1):
         rows = gather(hidden, work, chunk)
         row_statistics(statistics_of("losses", rows, head, work, chunk), work, chunk, nll, lse)
     return nll, lse
@@ -297,7 +300,9 @@ def _two_points(mode, hidden, head, second_hidden, second_weight, second_bias):
     nll, lse = _new_statistics(hidden)
     other = torch.zeros_like(nll)
     work = order_of_work(head.target, head.ignore_index)
-    for chunk in _chunks_of_statistics(hidden, head, 5):
+    products = products_of(mode, second_weight)
+    statistics, gathered = (3, 2) if mode == "jvp" else (5, 3)
+    for chunk in _chunks_of_statistics(hidden, head, products, statistics, gathered):
         rows = gather(hidden, work, chunk)
         if mode == "jvp":
             beside, right = gather(second_hidden, work, chunk), None
@@ -307,6 +312,7 @@ def _two_points(mode, hidden, head, second_hidden, second_weight, second_bias):
         second = Second(beside, right, second_weight, second_bias)
         tiles = statistics_of(mode, rows, head, work, chunk, second)
         row_statistics(tiles, work, chunk, nll, lse, mode, other)
+        del rows, second, beside, right, tiles  # before the next chunk has its own
     return nll, other
 
 

@@ -346,6 +346,11 @@ def settings(weight: Tensor, products: str = "one") -> tuning.Tiles:
     return tuning.tiles(tuning.LOGITS, where, weight.dtype, weight.shape[1], products)
 
 
+def products_of(mode: str, second_weight: Tensor | None) -> str:
+    """The tables' key for the products of a jvp or a pair."""
+    return mode if second_weight is None else f"{mode}+weight"
+
+
 def statistics_of(
     mode: str,
     hidden: Tensor,  # [R, H] the chunk's rows
@@ -356,7 +361,7 @@ def statistics_of(
     kept: Tensor | None = None,  # [R, V]
 ) -> TileStatistics:
     """One sweep over the weight: MODE losses, keep, jvp or pair of the kernel."""
-    products = "one" if second is None else mode if second.weight is None else f"{mode}+weight"
+    products = "one" if second is None else products_of(mode, second.weight)
     tiles = settings(head.weight, products)
     number = cdiv(head.vocabulary, tiles.columns) * tiles.parts  # the last ones may be empty
 

@@ -47,8 +47,8 @@ def tiles(table: dict, architecture: str, dtype: torch.dtype, width: int, *produ
 
 
 def copy_engine_serves(width: int, dtype: torch.dtype) -> bool:
-    """It takes rows that are a multiple of 16 bytes apart."""
-    return width * dtype.itemsize % 16 == 0
+    """It takes rows that are a multiple of 16 bytes apart; with 32 the other addresses fit too."""
+    return width * dtype.itemsize % 32 == 0
 
 
 def kind(dtype: torch.dtype) -> str:
@@ -119,7 +119,7 @@ LOGITS: dict[tuple[str, str, str], Tiles] = {
     # Without the copy engine the addresses of three buffers take the registers of half a tile. Odd
     # widths are rare: these are small enough for every architecture that has the engine.
     ("unaligned", "half", "one"): Tiles(128, 64, 32, 8, 3, parts=2),
-    ("unaligned", "half", "jvp"): Tiles(128, 64, 32, 8, 3, parts=2),
+    ("unaligned", "half", "jvp"): Tiles(64, 64, 32, 4, 2, parts=2),
     ("unaligned", "half", "pair"): Tiles(128, 64, 32, 8, 3, parts=2),
     ("unaligned", "half", "jvp+weight"): Tiles(64, 64, 32, 4, 2, parts=2),
     ("unaligned", "half", "pair+weight"): Tiles(64, 64, 32, 4, 2, parts=2),
@@ -242,22 +242,23 @@ class Gibbs:
 
     block: int
     warps: int
+    step_warps: int  # of the launches that search for one tau of the whole batch
 
 
 # Keyed by architecture and dtype of the utilities. The order in which a segment is summed follows
-# from these numbers. 4 float32 (2 float64) tokens a thread: with 8 float32 the compilers report
+# from these numbers. 4 float32 tokens a thread: with 8 float32 the compilers report
 # 170 registers and one program of 8 warps on a multiprocessor; so two of them, and one searches
 # while the other waits for memory.
 GIBBS: dict[tuple[str, torch.dtype], Gibbs] = {
-    (name, dtype): table
-    for name in ("interpreter", "sm80", "sm89", "sm90", "sm100", "gfx942")
-    for dtype, table in (
-        (torch.float32, Gibbs(1024, 8)),
-        (torch.float64, Gibbs(256, 8)),
-    )
+    (name, torch.float32): Gibbs(1024, 8, 8) for name in ("sm80", "sm89", "sm90", "sm100", "gfx942")
 }
+# 1 float64 token a thread: with more, 8 to 32 bytes spill around the called divisions.
+for _name in ("sm90", "sm100", "gfx942"):
+    GIBBS[_name, torch.float64] = Gibbs(512, 16, 16)
+for _name in ("sm80", "sm89"):  # there the search spills 8 bytes with 16 warps, not with 8
+    GIBBS[_name, torch.float64] = Gibbs(512, 16, 8)
 # Each tile costs the interpreter the same whatever its size.
-GIBBS["interpreter", torch.float32] = GIBBS["interpreter", torch.float64] = Gibbs(8192, 8)
+GIBBS["interpreter", torch.float32] = GIBBS["interpreter", torch.float64] = Gibbs(8192, 8, 8)
 
 
 # ---- attention with a tangent ----
