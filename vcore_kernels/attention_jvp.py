@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -148,10 +149,18 @@ def _check(primals, tangents, key_mask, cu_seqlens, causal, scale, window, softc
                 f"attention_jvp: d{name} is {dx.dtype} {list(dx.shape)} on {dx.device}, {name} is "
                 f"{x.dtype} {list(x.shape)} on {x.device}. Pass a tangent like {name}, or None."
             )
+    if not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(
+            f"attention_jvp: scale must be a number, got {type(scale).__name__}. Usual is D**-0.5."
+        )
     if not -math.inf < scale < math.inf:
         raise ValueError(f"attention_jvp: scale must be finite, got {scale}.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"attention_jvp: softcap must be positive or None, got {softcap}.")
+    if window is not None and not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(
+            f"attention_jvp: window must be a whole number or None, got {type(window).__name__}."
+        )
     if window is not None and (window < 1 or not causal):
         raise ValueError(
             f"attention_jvp: window must be 1 or more and needs causal=True, got window={window}, "

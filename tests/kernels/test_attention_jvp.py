@@ -339,6 +339,10 @@ def test_bad_input():
         call(q, k, v, dq, dk, dv, softcap=0.0)
     with pytest.raises(ValueError, match="scale must be finite"):
         call(q, k, v, dq, dk, dv, scale=float("nan"))
+    with pytest.raises(TypeError, match="scale must be a number, got NoneType"):
+        call(q, k, v, dq, dk, dv, scale=None)
+    with pytest.raises(TypeError, match="window must be a whole number"):
+        call(q, k, v, dq, dk, dv, window=2.5)
     with pytest.raises(ValueError, match=r"key_mask must be bool or integer \[2, 10\]"):
         call(q, k, v, dq, dk, dv, key_mask=torch.ones(2, 9, dtype=torch.bool))
     offsets = torch.tensor([0, 3, 10], dtype=torch.int32)
