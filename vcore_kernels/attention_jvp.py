@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -149,7 +148,7 @@ def _check(primals, tangents, key_mask, cu_seqlens, causal, scale, window, softc
                 f"attention_jvp: d{name} is {dx.dtype} {list(dx.shape)} on {dx.device}, {name} is "
                 f"{x.dtype} {list(x.shape)} on {x.device}. Pass a tangent like {name}, or None."
             )
-    if not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(
             f"attention_jvp: scale must be a number, got {type(scale).__name__}. Usual is D**-0.5."
         )
