@@ -8,6 +8,8 @@ from vcore_kernels import attention_jvp
 from vcore_kernels.backends import backends, last_used, supports
 from vcore_kernels.backends.triton import INTERPRETED
 
+needs_cpp = pytest.mark.skipif(not backends()["cpp"], reason=backends()["cpp"].reason)
+
 # No Triton kernel multiplies float64; with a `backend` of "triton" such a case has nothing to test.
 # float16 differs from bfloat16 by its rounding alone, and the interpreter is slow.
 DTYPES = [torch.float32, torch.bfloat16]
@@ -289,10 +291,9 @@ def test_results_lie_as_the_output_projection_reads_them(backend):
             assert value.transpose(1, 2).is_contiguous()
 
 
+@needs_cpp
 def test_long_text_in_little_memory():
     """T = 16,384 on a CPU in less than 2 GB: scores alone would take 4 GB a head."""
-    if INTERPRETED:
-        pytest.skip("a CPU kernel")
     tensors = make(1, 2, 1, 16384, 64, torch.bfloat16)
     peak = _peak_above(lambda: attention_jvp(*tensors, causal=True, scale=0.125, window=512))
     assert peak < 64 * 2**20
@@ -369,9 +370,8 @@ def test_float16_under_the_interpreter():
     check(make(2, 2, 1, 70, 32, torch.float16), "triton", softcap=2.0)
 
 
+@needs_cpp
 def test_the_operator_refuses_dual_tensors_and_passes_opcheck():
-    if INTERPRETED:
-        pytest.skip("without the compiled kernels")
     tensors = make(1, 2, 1, 9, 8, torch.float32)
     op = torch.ops.vcore_kernels.attention_jvp.default
     args = (*tensors, None, None, True, 1.0, 0.0, 0)
