@@ -90,7 +90,6 @@ class Compilation:
     constants: dict[str, str]
     num_warps: int
     num_stages: int
-    cases: int  # how many recorded launches are this one
     registers: int  # a thread's vector registers (AMD: with the accumulators')
     spills: int  # bytes a thread spills to memory, or keeps in local memory for other reasons
     scalar_spills: int  # AMD: scalar registers kept in vector registers
@@ -197,14 +196,12 @@ def source_of(launch: common.Launch, target: Target) -> Source:
 
 
 @lru_cache
-def record(target_name: str) -> tuple[tuple[Source, int], ...]:
-    """Every distinct launch of the library on this target, and how often it was recorded."""
+def record(target_name: str) -> tuple[Source, ...]:
+    """Every distinct launch of the library on this target."""
     target = TARGETS[target_name]
-    sources: dict[str, list] = {}
-    for launch in recorded_launches(target_name):
-        source = source_of(launch, target)
-        sources.setdefault(source.key(), [source, 0])[1] += 1
-    return tuple((source, count) for _, (source, count) in sorted(sources.items()))
+    launches = (source_of(launch, target) for launch in recorded_launches(target_name))
+    sources = {source.key(): source for source in launches}
+    return tuple(source for _, source in sorted(sources.items()))
 
 
 def recorded_launches(architecture: str) -> Iterator[common.Launch]:
@@ -221,7 +218,7 @@ def recorded_launches(architecture: str) -> Iterator[common.Launch]:
 # ---- compiling and reading the result ----
 
 
-def compile_source(source: Source, count: int, target: Target) -> Compilation:
+def compile_source(source: Source, target: Target) -> Compilation:
     ast = ASTSource(source.kernel, source.signature, source.constants, source.attributes)
     compiled = triton.compile(ast, target=target.gpu, options=source.options)
     text = compiled.asm["ptx" if target.nvidia else "amdgcn"]
@@ -239,7 +236,6 @@ def compile_source(source: Source, count: int, target: Target) -> Compilation:
         constants=source.names(),
         num_warps=source.options["num_warps"],
         num_stages=source.options["num_stages"],
-        cases=count,
         shared=shared,
         shared_limit=target.shared_limit,
         resident=_resident(target, usage["registers"], warps, shared),
@@ -322,8 +318,7 @@ def _resident(target: Target, registers: int, warps: int, shared: int) -> int:
 def _compile_one(task: tuple[str, int]) -> Compilation:
     """Runs in a worker, which records for itself: launches hold tensors and do not travel."""
     target, number = task
-    source, count = record(target)[number]
-    return compile_source(source, count, TARGETS[target])
+    return compile_source(record(target)[number], TARGETS[target])
 
 
 def _quiet_worker() -> None:
@@ -337,7 +332,7 @@ def compile_all(
     tasks = [
         (target, number)
         for target in targets
-        for number, (source, _) in enumerate(record(target))
+        for number, source in enumerate(record(target))
         if kernel is None or kernel in source.kernel.__name__
     ]
     rows = []

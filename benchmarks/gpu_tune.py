@@ -112,7 +112,7 @@ def _compile(task: tuple[Sweep, str, Tiles]) -> tuple[Sweep, Tiles, str]:
             common.recorded = None
         for launch in launches:
             try:
-                row = aot.compile_source(aot.source_of(launch, target), 1, target)
+                row = aot.compile_source(aot.source_of(launch, target), target)
             except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
                 return sweep, tiles, f"{type(error).__name__}"
             faults += row.faults()

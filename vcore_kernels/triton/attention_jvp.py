@@ -6,8 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcore_kernels.triton import tuning
-from vcore_kernels.triton.common import architecture, cast, cdiv, dot, expm1, launch
-from vcore_kernels.triton.head_logits import precision
+from vcore_kernels.triton.common import architecture, cast, cdiv, dot, expm1, launch, precision
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

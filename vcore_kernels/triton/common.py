@@ -95,6 +95,12 @@ def multiprocessors(device: torch.device) -> int:
     return 6  # under the interpreter: few, so that programs take several tiles
 
 
+def precision(dtype: torch.dtype) -> str:
+    """tf32 only for float32 operands where the user has allowed it for PyTorch's own products."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

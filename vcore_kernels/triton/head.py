@@ -91,11 +91,12 @@ class _Gradients:
         factor: Tensor | None,  # [N]
         needs: tuple[bool, bool, bool],  # hidden, weight, bias
         hidden_dtype: torch.dtype,
-        weight_dtype: torch.dtype,
     ):
-        self.source, self.head, self.factor = hidden, head, factor
+        self.source, self.head = hidden, head
         n, (v, h) = hidden.shape[0], head.weight.shape
         need_hidden, need_weight, need_bias = needs
+        direct = need_weight and writes_weight_gradient_directly(hidden, head.weight)
+        weight_dtype = head.weight.dtype if direct else torch.float32
         # the first chunk writes every element of d_weight and d_bias; of d_hidden, a chunk its rows
         fresh = torch.empty if n else torch.zeros
         device = hidden.device
@@ -111,7 +112,7 @@ class _Gradients:
             self.unit = unit.clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
         row_bytes = v * hidden.element_size()
         limit = tuning.WORKSPACE
-        if need_weight and writes_weight_gradient_directly(hidden, head.weight):
+        if direct:
             limit = (n + tuning.ROW_BLOCK) * row_bytes  # one chunk
         self.chunks = chunks(n, row_bytes, limit)
         rows = self.chunks[0].rows if self.chunks else 0
@@ -119,15 +120,18 @@ class _Gradients:
         kept = torch.empty(rows, cdiv(v, 64) * 64, dtype=hidden.dtype, device=device)
         self.logits = kept[:, :v]
 
-    def add(self, chunk: Chunk, work: Work) -> None:
-        """The products of ``logits``, which now hold the chunk's gradients."""
+    def add(self, chunk: Chunk, work: Work, live: Tensor | None = None) -> None:
+        """The products of ``logits``, which now hold the chunk's gradients.
+
+        ``live``: the chunk's rows of hidden that have a gradient, where they are at hand.
+        """
         args = (work, chunk, self.unit)
         if self.hidden is not None:
             hidden_gradient(self.logits, self.head.weight, self.hidden, *args)
         if self.weight is not None:
-            # gathered anew: rows without a gradient must be 0 here, whatever they hold
-            rows = gather(self.source, work, chunk, live=True)
-            weight_gradient(self.logits, rows, self.weight, *args)
+            if live is None:  # rows without a gradient must be 0 here, whatever they hold
+                live = gather(self.source, work, chunk, live=True)
+            weight_gradient(self.logits, live, self.weight, *args)
         if self.bias is not None:
             bias_gradient(self.logits, self.bias, *args)
 
@@ -180,7 +184,7 @@ def linear_nll_forward(
     if not keep_rows:
         return *_forward(rows, head), hidden.new_empty(0)
     needs = (True, False, False)
-    gradients = _Gradients(rows, head, None, needs, _wide(hidden.dtype), weight.dtype)
+    gradients = _Gradients(rows, head, None, needs, _wide(hidden.dtype))
     nll, lse = _forward_with_gradients(rows, head, None, gradients)
     return nll, lse, gradients.results(hidden.shape[1])[0]
 
@@ -208,15 +212,13 @@ def linear_nll_backward(
     head = _head(weight, target, bias, softcap, scale, ignore_index)
     rows, factor = _rows(hidden), grad_nll.to(torch.float32).contiguous()
     needs = (need_hidden, need_weight, need_bias and bias is not None)
-    direct = writes_weight_gradient_directly(rows, head.weight)
-    weight_dtype = weight.dtype if direct else torch.float32
-    gradients = _Gradients(rows, head, factor, needs, hidden.dtype, weight_dtype)
+    gradients = _Gradients(rows, head, factor, needs, hidden.dtype)
     work = order_of_work(head.target, head.ignore_index, factor)
     known = Known(nll.contiguous(), lse.contiguous(), factor, gradients.unit)
     for chunk in gradients.chunks:
         live = gather(rows, work, chunk, live=True)
         logit_gradients(live, head, work, chunk, known, gradients.logits)
-        gradients.add(chunk, work)
+        gradients.add(chunk, work, live)
     d_hidden, d_weight, d_bias = gradients.results(hidden.shape[1])
     if bias is not None:
         d_bias = d_bias.to(bias.dtype)
@@ -244,9 +246,7 @@ def weighted_linear_nll_forward(
         nll = _forward(rows, head)[0]
         dtypes = (_wide(hidden.dtype), torch.float32, torch.float32)
         return nll, *(hidden.new_empty(0, dtype=dtype) for dtype in dtypes)
-    direct = writes_weight_gradient_directly(rows, head.weight)
-    weight_dtype = weight.dtype if direct else torch.float32
-    gradients = _Gradients(rows, head, factor, needs, _wide(hidden.dtype), weight_dtype)
+    gradients = _Gradients(rows, head, factor, needs, _wide(hidden.dtype))
     nll, _ = _forward_with_gradients(rows, head, factor, gradients)
     return nll, *gradients.results(hidden.shape[1])
 

@@ -14,8 +14,9 @@ from vcore_kernels.triton.common import (
     halves,
     launch,
     multiprocessors,
+    precision,
 )
-from vcore_kernels.triton.head_logits import load_tile, operand, precision
+from vcore_kernels.triton.head_logits import load_tile, operand
 from vcore_kernels.triton.head_rows import KEPT_SCALE, Chunk, Work
 
 

@@ -19,6 +19,7 @@ from vcore_kernels.triton.common import (
     halves,
     launch,
     multiprocessors,
+    precision,
 )
 from vcore_kernels.triton.head_rows import (
     KEPT_SCALE,
@@ -316,12 +317,6 @@ def _logit_tiles(
                 dz10, dz11 = halves(dz1, ROWS, half)
                 _take(z10, dz10, o_row, i_part + 2, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
                 _take(z11, dz11, o_row, i_part + 3, *shared, MODE, ROWS, PART, SOFTCAP, KEPT_SCALE)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """tf32 only for float32 operands where the user has allowed it for PyTorch's own products."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
 
 
 def operand(matrix: Tensor, block: tuple[int, int], tma: bool) -> Tensor | TensorDescriptor:

@@ -26,13 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vcore_kernels.triton import tuning
-from vcore_kernels.triton.common import architecture, cdiv, dot, launch
+from vcore_kernels.triton.common import architecture, cdiv, dot, launch, precision
 from vcore_kernels.triton.head import _forward, _head, _rows
 from vcore_kernels.triton.head_logits import (
     load_tile,
     logit_gradients,
     operand,
-    precision,
     settings,
 )
 from vcore_kernels.triton.head_rows import KEPT_SCALE, Chunk, Head, Known, Work
