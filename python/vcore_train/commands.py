@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from vcore_train import experiment_commands
 from vcore_train.console import console, quiet_other_libraries
 from vcore_train.option_checks import check_numbers, check_train, in_options
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(experiment_commands.app, name="experiment")
 
 
 @app.callback()

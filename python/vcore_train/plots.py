@@ -29,7 +29,7 @@ LABELS = {
     "iw_sft": "iw-SFT",
     "vcore": "VCORE",
 }
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 130,
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
@@ -45,7 +45,7 @@ _STYLE: dict[Any, Any] = {
 
 def plot_losses(path: Path, curves: Mapping[str, Series], *, title: str, ylabel: str) -> None:
     """One curve a method: every value faint, their running mean on top."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.2))
         for method, (steps, values) in curves.items():
             colour = COLOURS.get(method, "#333333")
@@ -69,7 +69,7 @@ def plot_losses(path: Path, curves: Mapping[str, Series], *, title: str, ylabel:
 
 def plot_panels(path: Path, panels: Mapping[str, Series], *, title: str) -> None:
     """One small panel a figure, steps shared."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         columns = min(2, len(panels))
         lines = -(-len(panels) // columns)
         figure, grid = plt.subplots(
@@ -97,7 +97,7 @@ def plot_accuracy(
     title: str,
 ) -> None:
     """Grouped bars: a group for each difficulty, a bar with its standard error for each method."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.2, 4.2))
         width = 0.84 / len(accuracy)
         for place, (method, values) in enumerate(accuracy.items()):

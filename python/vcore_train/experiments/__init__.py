@@ -1,0 +1,14 @@
+"""The studies behind the library's claims: ``vcore experiment NAME``.
+
+A study is one module here and one line in ``STUDIES``. It has two settings, ``FULL`` and ``QUICK``
+(seconds, for tests), and three functions:
+
+* ``measure(context) -> dict``: plain data for JSON, with a :class:`~.setting.Context` that gives
+  the trained models, the data and the progress bars;
+* ``tables(result) -> list[Table]``: what of it a reader looks at (:mod:`~.report`);
+* ``plot(result, path)``: the same at a glance, as PNG.
+"""
+
+STUDIES = {  # module in this package: what it answers, one line
+    "fidelity": "How close does each estimator of the utilities come to float64?",
+}

@@ -1,0 +1,125 @@
+"""Correlations, areas under ROC curves and intervals, in float64."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def pearson(x: Tensor, y: Tensor) -> float:
+    """Pearson correlation of two vectors; NaN where one is constant or has fewer than 2 values."""
+    x, y = _pair("pearson", x, y)
+    x, y = x - x.mean(), y - y.mean()
+    norms = x.norm() * y.norm()
+    return float((x / x.norm()) @ (y / y.norm())) if norms > 0 else math.nan
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Pearson correlation of the ranks, ties sharing the mean of theirs."""
+    x, y = _pair("spearman", x, y)
+    return pearson(ranks(x), ranks(y))
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 1, float64; equal values share the mean of the ranks they take up."""
+    _, group, counts = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[group]
+
+
+def auroc(score: Tensor, positive: Tensor) -> float:
+    """Probability that a positive has a higher score than a negative, ties counting half.
+
+    ``positive``: bool, like ``score``. NaN where one of the two classes is empty.
+    """
+    positive = positive.bool()
+    count, others = int(positive.sum()), int((~positive).sum())
+    if not count or not others:
+        return math.nan
+    rank_sum = float(ranks(score.double())[positive].sum())
+    return (rank_sum - count * (count + 1) / 2) / (count * others)
+
+
+def within(
+    statistic: Callable[[Tensor, Tensor], float],
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor,
+    *,
+    least: int = 3,
+) -> Tensor:
+    """``statistic`` of each trajectory on its own, float64 [at most B].
+
+    ``x``, ``y``, ``mask``: [B, T], a trajectory a row. Rows with fewer than ``least`` tokens, and
+    those where the statistic is not defined, are left out.
+    """
+    values = [
+        statistic(row_x[row_mask], row_y[row_mask])
+        for row_x, row_y, row_mask in zip(x, y, mask.bool(), strict=True)
+        if int(row_mask.sum()) >= least
+    ]
+    return torch.tensor([v for v in values if not math.isnan(v)], dtype=torch.float64)
+
+
+class Interval(NamedTuple):
+    """A mean and the bounds of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half(self) -> float:
+        """Half its width."""
+        return (self.high - self.low) / 2
+
+    def text(self, digits: int = 3) -> str:
+        mean = f"{self.mean:.{digits}f}"
+        return mean if math.isnan(self.half) else f"{mean} ± {self.half:.{digits}f}"
+
+
+def interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Mean of independent values (one a seed) and its t interval.
+
+    One value has no interval: its bounds are NaN. No value, or one that is NaN: all NaN.
+    """
+    count = len(values)
+    if not count:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    x = torch.tensor(values, dtype=torch.float64)
+    mean = float(x.mean())
+    if count == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    half = t_quantile(level, count - 1) * float(x.std(correction=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def t_quantile(level: float, degrees: int) -> float:
+    """t with ``P(|T| <= t) = level`` for Student's T with ``degrees`` >= 1 degrees of freedom.
+
+    With ``t = sqrt(degrees) * tan(angle)`` that probability is an integral of
+    ``cos(angle) ** (degrees - 1)``, taken here on a grid (error below 1e-6 of t for level <= 0.99).
+    """
+    if not 0 < level < 1 or degrees < 1:
+        raise ValueError(
+            f"t_quantile: expected 0 < level < 1 and degrees >= 1, got {level}, {degrees}."
+        )
+    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
+    area = torch.cumulative_trapezoid(angle.cos().clamp(min=0) ** (degrees - 1), angle)
+    wanted = level * area[-1]
+    place = int(torch.searchsorted(area, wanted))
+    before = float(area[place - 1]) if place else 0.0
+    part = (float(wanted) - before) / (float(area[place]) - before)
+    step = float(angle[1])
+    return math.sqrt(degrees) * math.tan((place + part) * step)
+
+
+def _pair(name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(
+            f"{name}: expected two vectors of one length, got {list(x.shape)} and {list(y.shape)}."
+        )
+    return x.double(), y.double()
