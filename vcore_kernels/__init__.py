@@ -1,10 +1,14 @@
 """Fused kernels for token-weighted training of language models. docs/design.md says how and why."""
 
+from vcore_kernels._apportion import NothingToAllocateError
 from vcore_kernels._library import check_compiled
+from vcore_kernels.allocation import ALLOCATION_RULES, Evidence, allocate
 from vcore_kernels.attention_jvp import attention_jvp
 from vcore_kernels.backends import BackendError, backends
 from vcore_kernels.dft_loss import dft_loss
 from vcore_kernels.gibbs_weights import GibbsWeights, gibbs_weights
+from vcore_kernels.gvm_allocate import gvm_allocate
+from vcore_kernels.gvm_variance import gvm_variance, gvm_variance_bound
 from vcore_kernels.iw_sft_loss import iw_sft_loss
 from vcore_kernels.linear_nll import linear_nll
 from vcore_kernels.linear_nll_grad_norms import linear_nll_grad_norms
@@ -27,16 +31,23 @@ from vcore_kernels.weighted_linear_nll import weighted_linear_nll
 check_compiled()
 
 __all__ = [
+    "ALLOCATION_RULES",
     "BackendError",
+    "Evidence",
     "GibbsWeights",
     "NonFiniteDirectionError",
+    "NothingToAllocateError",
     "StalledPerturbationWarning",
     "VcoreLoss",
+    "allocate",
     "attention_jvp",
     "backends",
     "dft_loss",
     "free_backup_buffers",
     "gibbs_weights",
+    "gvm_allocate",
+    "gvm_variance",
+    "gvm_variance_bound",
     "iw_sft_loss",
     "linear_nll",
     "linear_nll_grad_norms",
