@@ -167,6 +167,23 @@ def train(
         Direction | None,
         option("Where the descent direction comes from.", panel=WEIGHTS, default="probe"),
     ] = None,
+    direction_precondition: Annotated[
+        bool | None,
+        option(
+            "Divide the direction by the root of Adam's second moment.",
+            "--direction-precondition/--no-direction-precondition",
+            panel=WEIGHTS,
+            default="False",
+        ),
+    ] = None,
+    direction_params: Annotated[
+        str | None,
+        option(
+            "Probed parameters: all, lm_head, last_<k>_layers, names or patterns, with commas.",
+            panel=WEIGHTS,
+            default="all",
+        ),
+    ] = None,
     utility_method: Annotated[
         UtilityMethod | None,
         option("How utilities are computed.", panel=WEIGHTS, default="jvp"),
@@ -211,6 +228,10 @@ def train(
     ] = None,
     ema_decay: Annotated[
         float | None, option("Decay of direction ema.", panel=WEIGHTS, default="0.9")
+    ] = None,
+    ema_warmup: Annotated[
+        int | None,
+        option("Probe batches in the first update of direction ema.", panel=WEIGHTS, default="1"),
     ] = None,
     # others
     random_keep: Annotated[
@@ -286,6 +307,8 @@ def train(
     size = {name: value for name, value in sizes.items() if value is not None}
     chosen = {
         "direction": direction,
+        "direction_precondition": direction_precondition,
+        "direction_params": direction_params,
         "utility_method": utility_method,
         "epsilon": epsilon,
         "kl_budget": kl_budget,
@@ -300,6 +323,7 @@ def train(
         "probe_replacement": probe_replacement,
         "probe_max_norm": probe_max_norm,
         "ema_decay": ema_decay,
+        "ema_warmup": ema_warmup,
         "random_keep": random_keep,
         "iw_level": iw_level,
         "iw_temp": iw_temp,

@@ -37,6 +37,12 @@ class VcoreConfig(TrainingArguments):
             uniform loss on fresh examples. ``"ema"``: an exponential average of such gradients.
             ``"momentum"``, ``"adam"``: the optimizer's own average, which costs nothing but is an
             average of *reweighted* gradients and so feeds on itself.
+        direction_precondition: divide g by the root of Adam's second moment (``g / (sqrt(v) +
+            eps)``, 0 where v is 0): utilities then say what a step of Adam does to each token.
+        direction_params: which trained parameters g and the utilities are about: ``"all"``,
+            ``"lm_head"``, ``"last_<k>_layers"``, a name or an fnmatch pattern of names; several in
+            a list, or in one string with commas. What comes before the first of them in the model
+            costs one plain forward.
         utility_method: ``"jvp"`` (forward-mode derivative), ``"central"`` or
             ``"finite_difference"``.
         epsilon: step of the two difference methods; None picks one for the precision and the size
@@ -51,6 +57,8 @@ class VcoreConfig(TrainingArguments):
         probe_max_norm: clip g to this norm first, as the released code does with 1.0; None does
             not.
         ema_decay: in [0, 1), weight of the past in direction ``"ema"``.
+        ema_warmup: probe batches in the first update of direction ``"ema"``, which counts as so
+            many of the later ones (at most as ``1 / (1 - ema_decay)``).
 
     Which weights (method ``"vcore"``):
         kl_budget, temperature, tau: at most one of the three. ``kl_budget`` (nats) takes the
@@ -91,6 +99,13 @@ class VcoreConfig(TrainingArguments):
     direction: str = field(
         default="probe", metadata={"help": f"Descent direction: {', '.join(DIRECTIONS)}."}
     )
+    direction_precondition: bool = field(
+        default=False, metadata={"help": "Divide the direction by the root of Adam's moment."}
+    )
+    direction_params: str = field(
+        default="all",
+        metadata={"help": "Probed parameters: all, lm_head, last_<k>_layers, names, patterns."},
+    )
     utility_method: str = field(
         default="jvp", metadata={"help": f"How utilities are found: {', '.join(UTILITY_METHODS)}."}
     )
@@ -127,6 +142,9 @@ class VcoreConfig(TrainingArguments):
         default=None, metadata={"help": "Clip the direction to this norm."}
     )
     ema_decay: float = field(default=0.9, metadata={"help": "Decay of the averaged direction."})
+    ema_warmup: int = field(
+        default=1, metadata={"help": "Probe batches in the first update of direction ema."}
+    )
     random_keep: float = field(
         default=0.2, metadata={"help": "Supervised share of a response for method random."}
     )
@@ -159,6 +177,13 @@ class VcoreConfig(TrainingArguments):
         given = {name: getattr(self, name) for name in ("tau", "temperature", "kl_budget")}
         return {name: value for name, value in given.items() if value is not None}
 
+    @property
+    def direction_choice(self) -> str | list[str]:
+        """``direction_params`` as :func:`vcore_train.descent_direction` takes it."""
+        params = self.direction_params
+        parts = params.split(",") if isinstance(params, str) else list(params)
+        return parts[0].strip() if len(parts) == 1 else [part.strip() for part in parts]
+
     def _check_choices(self) -> None:
         for name, allowed in (
             ("method", METHODS),
@@ -170,9 +195,21 @@ class VcoreConfig(TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise _error(name, getattr(self, name), "one of " + ", ".join(allowed))
-        for name in ("packing", "probe_replacement"):
+        for name in ("packing", "probe_replacement", "direction_precondition"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")
+        params: object = self.direction_params
+        items = params.split(",") if isinstance(params, str) else params
+        if (
+            not isinstance(items, list | tuple)
+            or not items
+            or not all(isinstance(item, str) and item.strip() for item in items)
+        ):
+            raise _error(
+                "direction_params",
+                params,
+                "'all', 'lm_head', 'last_<k>_layers', a name or a pattern, or several of them",
+            )
 
     def _check_sharpness(self) -> None:
         given = self.sharpness
@@ -197,6 +234,7 @@ class VcoreConfig(TrainingArguments):
         for name, low in (
             ("every", 1),
             ("anchor_steps", 1),
+            ("ema_warmup", 1),
             ("probe_batch_size", 1),
             ("max_length", 2),
         ):
@@ -246,8 +284,19 @@ class VcoreConfig(TrainingArguments):
                 "VcoreConfig: fp16=True does not work with method='vcore': the gradient of a probe "
                 "batch has no loss scaling and underflows. Use bf16=True, or float32."
             )
-        served = {"adam": ADAM_OPTIMIZERS, "momentum": MOMENTUM_OPTIMIZERS}.get(self.direction)
         optim = OptimizerNames(self.optim).value
+        if self.direction_precondition and self.direction == "adam":
+            raise ValueError(
+                "VcoreConfig: direction='adam' is preconditioned already. Drop "
+                "direction_precondition, or use direction='momentum' with it, which is the same."
+            )
+        if self.direction_precondition and optim not in ADAM_OPTIMIZERS:
+            raise ValueError(
+                "VcoreConfig: direction_precondition=True reads Adam's second moment, and "
+                f"optim={optim!r} has none that it can read. Use optim="
+                f"{' or '.join(ADAM_OPTIMIZERS)}, or drop it."
+            )
+        served = {"adam": ADAM_OPTIMIZERS, "momentum": MOMENTUM_OPTIMIZERS}.get(self.direction)
         if served is not None and optim not in served:
             raise ValueError(
                 f"VcoreConfig: direction={self.direction!r} reads the moments of the optimizer, "

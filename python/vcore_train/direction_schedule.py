@@ -1,63 +1,91 @@
 """The descent direction over a run: when it is taken anew, what of it a checkpoint keeps."""
 
-from collections.abc import Iterable
-from typing import Any, cast
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from vcore_train.checkpoint import under_prefix, with_prefix
 from vcore_train.config import VcoreConfig
-from vcore_train.directions import Batch, Direction, EmaDirection, Kind, descent_direction
+from vcore_train.direction_states import KINDS, DirectionState, EmaDirection
+from vcore_train.directions import Batch, Direction, read_direction, update_direction
+
+logger = logging.getLogger(__name__)
 
 
 class DirectionSchedule:
-    """Takes g every ``args.every`` optimizer steps and keeps it in between."""
+    """Updates g every ``args.every`` optimizer steps and keeps it in between."""
 
     def __init__(self, args: VcoreConfig):
         self.args = args
-        self._ema = EmaDirection(args.ema_decay) if args.direction == "ema" else None
-        self._kept: Direction | None = None
-        self._taken_at = 0
+        self._averaged = args.direction == EmaDirection.kind
+        self.state: DirectionState = (
+            EmaDirection(args.ema_decay) if self._averaged else KINDS[args.direction]()
+        )
+        self._taken_at: int | None = None
 
     def direction(
-        self, step: int, model: nn.Module, optimizer: Any, probe_batches: Iterable[Batch]
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Any,
+        probe_batches: Callable[[int], Iterable[Batch]],
     ) -> Direction:
-        """g for optimizer step ``step``; ``probe_batches`` are read only where it is taken anew.
+        """g for optimizer step ``step``, for reading only.
+
+        ``probe_batches(count)`` gives so many probe batches; it is called only where g is updated,
+        and read only where that takes a gradient. Preconditioning uses the second moment of now.
 
         Raises NonFiniteDirectionError where the averaged direction meets NaN or infinity.
         """
-        if self._kept is None or step - self._taken_at >= self.args.every:
-            self._kept, self._taken_at = None, step
-            self._kept = descent_direction(
+        args, state = self.args, self.state
+        if self._taken_at is None or step - self._taken_at >= args.every:
+            self._taken_at = None
+            count = args.ema_warmup if self._averaged and not state.updates else 1
+            update_direction(
+                state,
                 model,
-                probe_batches,
-                kind=cast(Kind, self.args.direction),
+                probe_batches(count),
                 optimizer=optimizer,
-                ema=self._ema,
-                max_norm=self.args.probe_max_norm,
+                params=args.direction_choice,
+                max_norm=args.probe_max_norm,
+                weight=count,
             )
-        return self._kept
+            self._taken_at = step
+        direction = read_direction(
+            state, model, optimizer=optimizer, precondition=args.direction_precondition
+        )
+        if args.every == 1 and not self._averaged:  # no later step uses it
+            state.tensors, self._taken_at = {}, None
+        return direction
 
     def forget(self) -> None:
-        """The next step takes a fresh direction."""
-        self._kept = None
+        """The next step updates g."""
+        self._taken_at = None
 
-    def state(self) -> tuple[Direction, dict[str, Any]]:
+    def state_dict(self) -> tuple[Direction, dict[str, Any]]:
         """Tensors and values for a checkpoint, without a direction that no later step uses."""
-        tensors: Direction = {}
-        values: dict[str, Any] = {"direction_taken_at": self._taken_at}
-        if self._ema is not None:
-            ema = self._ema.state_dict()
-            tensors |= with_prefix("ema", ema.pop("average"))
-            values["ema"] = ema
-        if self.args.every > 1 and self._kept is not None:
-            tensors |= with_prefix("direction", self._kept)
-        return tensors, values
+        values = self.state.state_dict()
+        tensors = values.pop("tensors")
+        return with_prefix("direction", tensors), {
+            "direction": values,
+            "direction_taken_at": self._taken_at,
+        }
 
-    def load_state(self, tensors: Direction, values: dict[str, Any], device: torch.device) -> None:
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    def load_state_dict(
+        self, tensors: Direction, values: dict[str, Any], device: torch.device
+    ) -> None:
+        """Continues where :meth:`state_dict` was taken; a direction of another kind starts anew."""
+        state = values["direction"]
+        if state["kind"] != self.state.kind:
+            logger.warning(
+                "The checkpoint's direction is of kind %r; direction=%r starts anew.",
+                state["kind"],
+                self.state.kind,
+            )
+            return
         self._taken_at = values["direction_taken_at"]
-        self._kept = under_prefix("direction", tensors) or None
-        if self._ema is not None and "ema" in values:
-            self._ema.load_state_dict({**values["ema"], "average": under_prefix("ema", tensors)})
+        kept = {n: t.to(device) for n, t in under_prefix("direction", tensors).items()}
+        self.state.load_state_dict({**state, "tensors": kept})

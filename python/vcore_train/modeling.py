@@ -93,6 +93,18 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers, first to last. Raises ValueError where there is no list of them."""
+    count = causal_lm(model).config.get_text_config().num_hidden_layers
+    for child in decoder_of(model).children():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(
+        f"{type(causal_lm(model)).__name__} keeps its {count} layers in no list of that length. "
+        "Choose parameters by their names."
+    )
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters with ``requires_grad`` by name, tied ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -156,13 +168,19 @@ def head_of(model: nn.Module) -> Head:
     return Head(weight, bias, _softcap(config), _scale(config))
 
 
-def token_nll(model: nn.Module, inputs: Mapping[str, Any], *, backend: str = "auto") -> Tensor:
+def token_nll(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    head: Head | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Negative log-likelihood of every label in nats, fp32, aligned with ``inputs["labels"]``.
 
     0 where not supervised, at t = 0 and at the first token of each packed segment. The logits are
-    never stored. Differentiable in both modes.
+    never stored. Differentiable in both modes. ``head`` stands in for the model's own.
     """
-    head = head_of(model)
+    head = head_of(model) if head is None else head
     return linear_nll(
         hidden_states(model, inputs),
         head.weight,

@@ -11,9 +11,18 @@ from typing import Any, NamedTuple
 
 SHARPNESS = ("kl_budget", "tau", "temperature")
 VCORE = (
-    *("direction", "utility_method", "epsilon", *SHARPNESS, "kl_scope", "variance_control"),
+    *(
+        "direction",
+        "direction_precondition",
+        "direction_params",
+        "utility_method",
+        "epsilon",
+        *SHARPNESS,
+        "kl_scope",
+        "variance_control",
+    ),
     *("variance_cap", "every", "anchor_steps", "probe_batch_size", "probe_replacement"),
-    *("probe_max_norm", "ema_decay"),
+    *("probe_max_norm", "ema_decay", "ema_warmup"),
 )
 
 
@@ -42,6 +51,7 @@ RANGES = {
     **dict.fromkeys(("steps", "batch_size", "accumulation", "save_every", "keep"), COUNT),
     **dict.fromkeys(("log_every", "limit", "eval_limit", "every", "anchor_steps"), COUNT),
     **dict.fromkeys(("probe_batch_size", "layers", "hidden", "heads", "kv_heads"), COUNT),
+    "ema_warmup": COUNT,
     **dict.fromkeys(("intermediate", "lora_rank", "lora_alpha", "probe_rows"), COUNT),
     **dict.fromkeys(("max_length", "window"), TOKENS),
     **dict.fromkeys(("lr", "epochs", "temperature", "epsilon", "probe_max_norm"), POSITIVE),
@@ -98,7 +108,8 @@ def check_train(options: Mapping[str, Any]) -> None:
     _needs(options, VCORE, method == "vcore", "--method vcore")
     _needs(options, ("random_keep",), method == "random", "--method random")
     _needs(options, ("iw_level", "iw_temp", "iw_clip"), method == "iw_sft", "--method iw_sft")
-    _needs(options, ("ema_decay",), options["direction"] == "ema", "--direction ema")
+    averaged = options["direction"] == "ema"
+    _needs(options, ("ema_decay", "ema_warmup"), averaged, "--direction ema")
     differences = options["utility_method"] in ("central", "finite_difference")
     _needs(options, ("epsilon",), differences, "--utility-method central (or finite_difference)")
     _excludes(options, "steps", ("epochs",), "the steps are given")

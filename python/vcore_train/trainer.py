@@ -40,6 +40,7 @@ from vcore_train.modeling import (
     trainable_parameters,
     verify_head,
 )
+from vcore_train.parameter_choice import chosen_parameters
 from vcore_train.probe_sampler import ProbeSampler
 from vcore_train.random_labels import random_labels
 from vcore_train.reference_logp import ReferenceLogp
@@ -194,6 +195,15 @@ class VcoreTrainer(Trainer):
                 "utility_method='central', which moves the adapters alone."
             )
         verify_head(model)
+        if args.method == "vcore":
+            chosen_parameters(model, args.direction_choice)
+            if args.direction in ("momentum", "adam"):
+                logger.warning(
+                    "direction=%r averages the reweighted gradients that it brought about itself, "
+                    "and can end worse than uniform weights. direction='ema' averages gradients of "
+                    "the uniform loss; direction_precondition=True gives it Adam's metric.",
+                    args.direction,
+                )
 
     def _unwrapped(self, model: nn.Module | None = None) -> nn.Module:
         """The model (by default the trained one) out of DDP and its like."""
@@ -236,17 +246,20 @@ class VcoreTrainer(Trainer):
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises unless the moments that the direction needs will be there and readable."""
-        kind = self.args.direction
-        if self.args.method != "vcore" or kind not in ("momentum", "adam"):
+        kind, precondition = self.args.direction, self.args.direction_precondition
+        reads = precondition or kind in ("momentum", "adam")
+        if self.args.method != "vcore" or not reads:
             return
         plain = getattr(optimizer, "optimizer", optimizer)  # out of Accelerate's wrapper
         adam = "betas" in plain.defaults and "bit" not in type(plain).__name__.lower()
         low_precision = type(plain).__module__.split(".")[0] in ("bitsandbytes", "torchao")
-        momentum = kind == "momentum" and plain.defaults.get("momentum", 0) > 0
+        sgd = kind == "momentum" and not precondition
+        momentum = sgd and plain.defaults.get("momentum", 0) > 0
         if low_precision or not (adam or momentum):
-            works = "Adam or AdamW" + (" or SGD with momentum" if kind == "momentum" else "")
+            works = "Adam or AdamW" + (" or SGD with momentum" if sgd else "")
+            what = "direction_precondition=True" if precondition else f"direction={kind!r}"
             raise ValueError(
-                f"VcoreTrainer: direction={kind!r} reads the moments of the optimizer, and "
+                f"VcoreTrainer: {what} reads the moments of the optimizer, and "
                 f"{type(plain).__module__}.{type(plain).__name__} as configured has none that it "
                 f"can read. Use torch.optim's {works}, or direction='probe' or 'ema', which work "
                 "with any optimizer."
@@ -448,7 +461,7 @@ class VcoreTrainer(Trainer):
             with self.compute_loss_context_manager():
                 with record_function("vcore::direction"):
                     direction = self._schedule.direction(
-                        self.state.global_step, model, self.optimizer, self._probe_batches()
+                        self.state.global_step, model, self.optimizer, self._probe_batches
                     )
                 with record_function("vcore::utilities"):
                     pairs = [
@@ -481,12 +494,12 @@ class VcoreTrainer(Trainer):
         self.metrics.totals["fallback_steps"] += 1
         logger.warning("Step %d has uniform weights: %s", self.state.global_step, reason)
 
-    def _probe_batches(self) -> Iterator[Batch]:
-        """A fresh probe batch in parts of a micro-batch's size, drawn when first read."""
+    def _probe_batches(self, count: int = 1) -> Iterator[Batch]:
+        """``count`` fresh probe batches in parts of a micro-batch's size, drawn when first read."""
         args, examples = self.args, cast(Examples, self.train_dataset)
         assert self._sampler is not None
         assert args.probe_batch_size is not None
-        drawn = self._sampler.draw(args.probe_batch_size)
+        drawn = self._sampler.draw(count * args.probe_batch_size)
         size = args.per_device_train_batch_size
         for start in range(0, len(drawn), size):
             rows = [examples[i] for i in drawn[start : start + size]]
@@ -586,7 +599,7 @@ class VcoreTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        tensors, values = self._schedule.state()
+        tensors, values = self._schedule.state_dict()
         if self._sampler is not None:
             tensors |= with_prefix("sampler", self._sampler.state())
         if self._reference is not None:
@@ -604,7 +617,7 @@ class VcoreTrainer(Trainer):
             return
         tensors, values = loaded
         self.metrics.totals.update(values.pop("totals"))
-        self._schedule.load_state(tensors, values, self.args.device)
+        self._schedule.load_state_dict(tensors, values, self.args.device)
         if self._sampler is not None and (sampler := under_prefix("sampler", tensors)):
             self._sampler.load_state(sampler)
         if self.args.method == "iw_sft" and (reference := under_prefix("reference", tensors)):

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from vcore_kernels import linear_nll_jvp, linear_nll_pair
 from vcore_kernels.perturbed import NonFiniteDirectionError, perturbed
 from vcore_train import attention
-from vcore_train.directions import check_finite, norm_of
+from vcore_train.direction_tensors import check_finite, norm_of
 from vcore_train.modeling import (
     IGNORE_INDEX,
     Head,

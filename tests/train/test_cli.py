@@ -206,6 +206,7 @@ def test_gsm8k(tmp_path):
         (["--iw-temp", "2"], "--iw-temp means nothing without --method iw_sft"),
         (["--method", "sft", "--no-probe-replacement"], "--probe-replacement means nothing"),
         (["--random-keep", "0.5"], "--random-keep means nothing without --method random"),
+        (["--ema-warmup", "4"], "--ema-warmup means nothing without --direction ema"),
         (["--ema-decay", "0.5"], "--ema-decay means nothing without --direction ema"),
         (["--epsilon", "0.1"], "--epsilon means nothing without --utility-method"),
         (["--tau", "1", "--kl-scope", "batch"], "--kl-scope beside --tau"),

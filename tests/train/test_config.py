@@ -47,6 +47,18 @@ def test_zero_sharpness_is_uniform(tmp_path, name):
         ({"probe_batch_size": 0}, r"probe_batch_size must be a whole number"),
         ({"max_length": 1}, r"max_length must be a whole number of at least 2"),
         ({"ema_decay": 1.0}, r"ema_decay must be .* below 1, got 1.0"),
+        ({"ema_warmup": 0}, r"ema_warmup must be a whole number of at least 1, got 0"),
+        ({"direction_precondition": "yes"}, r"direction_precondition must be True or False"),
+        ({"direction_params": ""}, r"direction_params must be 'all', 'lm_head'.*got ''"),
+        ({"direction_params": ["lm_head", 3]}, r"direction_params must be .* got \['lm_head', 3\]"),
+        (
+            {"direction_precondition": True, "direction": "adam"},
+            r"direction='adam' is preconditioned already.*direction='momentum'",
+        ),
+        (
+            {"direction_precondition": True, "direction": "ema", "optim": "sgd"},
+            r"direction_precondition=True reads Adam's second moment, and optim='sgd' has none",
+        ),
         ({"random_keep": 0.0}, r"random_keep must be .* above 0 and at most 1"),
         ({"iw_temp": -1.0}, r"iw_temp must be"),
         ({"iw_clip": [2.0, 1.0]}, r"iw_clip must be a lower bound that is not above"),
@@ -69,6 +81,18 @@ def test_zero_sharpness_is_uniform(tmp_path, name):
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("params", "choice"),
+    [
+        ("all", "all"),
+        ("last_2_layers, lm_head", ["last_2_layers", "lm_head"]),
+        (["*.mlp.*"], "*.mlp.*"),
+    ],
+)
+def test_direction_params(tmp_path, params, choice):
+    assert config(tmp_path, direction_params=params).direction_choice == choice
 
 
 def test_fp16_is_refused_for_vcore_only(tmp_path):

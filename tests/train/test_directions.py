@@ -7,7 +7,14 @@ import pytest
 import torch
 from exact import double_copy, exact_nll, random_direction
 from tiny import packed_batch, padded_batch, tiny_model, with_lora
-from vcore_train.directions import EmaDirection, descent_direction, uniform_gradient
+from vcore_train.config import DIRECTIONS
+from vcore_train.direction_states import KINDS, MomentumDirection, ProbeDirection
+from vcore_train.directions import (
+    EmaDirection,
+    descent_direction,
+    uniform_gradient,
+    update_direction,
+)
 from vcore_train.modeling import supervised_labels, token_nll, trainable_parameters
 from vcore_train.utilities import token_utilities
 
@@ -153,6 +160,54 @@ def test_ema_is_the_debiased_average(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["ema.safetensors"]
 
 
+def test_a_first_update_over_several_batches_counts_as_so_many():
+    """As many as the whole past of the average counts at most: then it fades as fast as any."""
+    gradients = [{"w": torch.tensor([float(i == j) for j in range(3)])} for i in range(3)]
+
+    def after(weight, decay=0.8):
+        ema = EmaDirection(decay)
+        ema.update(gradients[0], weight=weight)
+        ema.update(gradients[1])
+        ema.update(gradients[2])
+        return ema.direction()["w"]
+
+    counts = torch.tensor([0.64 * 3, 0.8, 1.0])
+    torch.testing.assert_close(after(3), counts / counts.sum())
+    stationary = torch.tensor([0.64, 0.2 * 0.8, 0.2])
+    torch.testing.assert_close(after(5), stationary)
+    torch.testing.assert_close(after(1000), stationary)
+    torch.testing.assert_close(after(1000, decay=0.0), gradients[2]["w"])
+    with pytest.raises(ValueError, match="weight must be positive, got 0"):
+        EmaDirection().update(gradients[0], weight=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_keeps_saves_and_loads(kind, tmp_path):
+    state = KINDS[kind]()
+    state.update({"w": torch.arange(3.0), "v": torch.ones(2, dtype=torch.float64)})
+    state.update({"w": torch.ones(3), "v": torch.zeros(2, dtype=torch.float64)})
+    state.save(tmp_path / "state")
+    loaded, copied = KINDS[kind].load(tmp_path / "state"), KINDS[kind]()
+    copied.load_state_dict(state.state_dict())
+    for other in (loaded, copied):
+        assert other.updates == 2
+        other.update({"w": torch.ones(3), "v": torch.ones(2, dtype=torch.float64)})
+    state.update({"w": torch.ones(3), "v": torch.ones(2, dtype=torch.float64)})
+    for other in (loaded, copied):
+        assert all(torch.equal(g, other.direction()[n]) for n, g in state.direction().items())
+    state.direction()["w"].zero_()
+    assert state.direction()["w"].all()
+    for other in set(KINDS) - {kind}:
+        with pytest.raises(ValueError, match=f"was not written by {KINDS[other].__name__}"):
+            KINDS[other].load(tmp_path / "state")
+        with pytest.raises(ValueError, match=f"is of kind '{kind}', expected '{other}'"):
+            KINDS[other]().load_state_dict(state.state_dict())
+
+
+def test_the_configuration_knows_every_kind():
+    assert set(KINDS) == set(DIRECTIONS)
+
+
 def test_a_failing_save_keeps_the_file_that_was_there(tmp_path, monkeypatch):
     ema = EmaDirection()
     ema.update({"w": torch.ones(3)})
@@ -164,7 +219,7 @@ def test_a_failing_save_keeps_the_file_that_was_there(tmp_path, monkeypatch):
         filename.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vcore_train.directions.save_file", full_disk)
+    monkeypatch.setattr("vcore_train.direction_states.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         ema.save(path)
     assert path.read_bytes() == before
@@ -191,7 +246,7 @@ def test_a_foreign_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="not written by EmaDirection"):
+    with pytest.raises(ValueError, match=r"not written by EmaDirection\.save"):
         EmaDirection.load(tmp_path / "other.safetensors")
 
 
@@ -238,6 +293,83 @@ def test_momentum_and_adam_of_adamw(options):
         assert_close(adam, expected, rtol=1e-2, atol=1e-4)
 
 
+def second_moment_root(optimizer, p, eps=1e-8):
+    state, group = optimizer.state[p], optimizer.param_groups[0]
+    return (state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))).sqrt() + eps
+
+
+@pytest.mark.parametrize("kind", ["probe", "ema", "momentum"])
+def test_any_kind_is_preconditioned_when_it_is_read(kind):
+    model, batch = tiny_model("qwen3"), padded_batch(seed=9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.9))
+    stepped(model, optimizer)
+    options = {"kind": kind, "optimizer": optimizer}
+    emas = [EmaDirection(), EmaDirection()] if kind == "ema" else [None, None]
+    raw = descent_direction(model, batch, ema=emas[0], **options)
+    scaled = descent_direction(model, batch, ema=emas[1], precondition=True, **options)
+    for name, p in trainable_parameters(model).items():
+        root = second_moment_root(optimizer, p)
+        never = optimizer.state[p]["exp_avg_sq"] == 0
+        torch.testing.assert_close(scaled[name], torch.where(never, 0.0, raw[name] / root))
+    if kind == "ema":  # the average itself holds raw gradients
+        assert_close(emas[1].direction(), raw)
+        stepped(model, optimizer, steps=1)
+        optimizer.param_groups[0]["betas"] = (0.8, 0.99)
+        later = descent_direction(model, batch, ema=emas[1], precondition=True, **options)
+        assert not torch.equal(later["model.norm.weight"], scaled["model.norm.weight"])
+    if kind == "momentum":
+        assert_close(scaled, descent_direction(model, [], kind="adam", optimizer=optimizer))
+
+
+def test_clipping_comes_before_the_average_and_before_preconditioning():
+    model, batch = tiny_model("qwen3"), padded_batch(seed=9)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    stepped(model, optimizer)
+    options = {"optimizer": optimizer, "precondition": True}
+    norm = torch.nn.utils.get_total_norm(descent_direction(model, batch).values())
+    plain = descent_direction(model, batch, **options)
+    clipped = descent_direction(model, batch, max_norm=0.5 * float(norm), **options)
+    assert_close(clipped, {n: g / 2 for n, g in plain.items()})
+
+
+def test_parameters_that_adam_never_updated_do_not_move_when_preconditioned():
+    model, batch = tiny_model("qwen3"), padded_batch(seed=9)
+    optimizer = torch.optim.AdamW(model.parameters(), eps=1e-30)
+    model.model.norm.weight.requires_grad_(False)
+    stepped(model, optimizer, steps=1)
+    model.model.norm.weight.requires_grad_(True)
+    direction = descent_direction(model, batch, optimizer=optimizer, precondition=True)
+    assert not direction["model.norm.weight"].any()
+    seen = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    seen[padded_batch(seed=0)["input_ids"].unique()] = True
+    assert all(g.isfinite().all() for g in direction.values())
+
+
+def test_preconditioning_starts_cold_with_the_raw_direction_and_says_so_once(caplog):
+    model, batch = tiny_model("qwen3"), padded_batch()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with caplog.at_level(logging.INFO, logger="vcore_train"):
+        for _ in range(2):
+            direction = descent_direction(model, batch, optimizer=optimizer, precondition=True)
+    assert caplog.text.count("no state yet; using the raw direction") == 1
+    assert_close(direction, descent_direction(model, batch))
+
+
+def test_preconditioning_that_cannot_be():
+    model, batch = tiny_model("qwen3"), padded_batch()
+    with pytest.raises(ValueError, match="precondition=True needs optimizer="):
+        descent_direction(model, batch, precondition=True)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5)
+    stepped(model, sgd, steps=1)
+    with pytest.raises(ValueError, match=r"preconditioning reads 'exp_avg_sq'.*momentum_buffer"):
+        descent_direction(model, batch, precondition=True, optimizer=sgd)
+    with pytest.raises(ValueError, match=r"'adam' is preconditioned already.*'momentum'"):
+        descent_direction(model, [], kind="adam", precondition=True, optimizer=sgd)
+    other = torch.optim.AdamW(tiny_model("qwen3").parameters())
+    with pytest.raises(ValueError, match="are not in the optimizer"):
+        descent_direction(model, batch, precondition=True, optimizer=other)
+
+
 def test_embedding_rows_that_were_never_updated_get_zero():
     model = tiny_model("llama")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-12)
@@ -282,7 +414,7 @@ def test_optimizers_that_cannot_serve():
     model = tiny_model("qwen3")
     sgd = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5)
     stepped(model, sgd, steps=1)
-    with pytest.raises(ValueError, match=r"'adam' reads 'exp_avg'.*momentum_buffer.*AdamW"):
+    with pytest.raises(ValueError, match=r"reads 'exp_avg_sq'.*momentum_buffer.*AdamW"):
         descent_direction(model, [], kind="adam", optimizer=sgd)
 
     adam = torch.optim.AdamW(model.parameters())
@@ -316,3 +448,140 @@ def test_parameters_without_state_are_zero():
     direction = descent_direction(model, [], kind="momentum", optimizer=optimizer)
     assert not direction["model.norm.weight"].any()
     assert direction.keys() == random_direction(trainable_parameters(model)).keys()
+
+
+# ---- a part of the parameters ----
+
+
+def all_names(model):
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ("last_1_layers", lambda n: n.startswith("model.layers.1.")),
+        ("last_2_layers", lambda n: n.startswith("model.layers.")),
+        ("model.norm.weight", lambda n: n == "model.norm.weight"),
+        ("*.mlp.*", lambda n: ".mlp." in n),
+        (["model.norm.weight", "*.0.mlp.*"], lambda n: "0.mlp" in n or n == "model.norm.weight"),
+        (["last_1_layers", "all"], lambda n: True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_part_of_the_gradient_is_that_part_of_it(params, expected, checkpointed):
+    model, batch = tiny_model("qwen3"), padded_batch()
+    if checkpointed:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    whole = descent_direction(model, batch)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    part = descent_direction(model, batch, params=params)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert list(part) == [n for n in whole if expected(n)]
+    assert_close(part, {n: whole[n] for n in part}, rtol=1e-5, atol=1e-7)
+
+
+def untied_twin(model):
+    """The same function with a head of its own."""
+    twin = tiny_model(model.config.model_type, tie_word_embeddings=False)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def test_a_tied_head_is_its_use_as_a_head_alone():
+    model, batch = tiny_model("qwen3"), padded_batch()
+    twin = untied_twin(model)
+    apart = descent_direction(twin, batch)
+    alone = descent_direction(model, batch, params="lm_head")
+    assert_close(alone, {"lm_head.weight": apart["lm_head.weight"]}, rtol=1e-5, atol=1e-7)
+    assert_close(descent_direction(model, batch, params="lm_head.weight"), alone)
+    assert_close(descent_direction(twin, batch, params="lm_head"), alone)
+    for params in ("model.embed_tokens.weight", "*e*.weight", ["lm_head", "all"]):
+        whole = descent_direction(model, batch, params=params)
+        assert "lm_head.weight" not in whole
+        both = apart["lm_head.weight"] + apart["model.embed_tokens.weight"]
+        torch.testing.assert_close(whole["model.embed_tokens.weight"], both)
+    mixed = descent_direction(model, batch, params=["last_1_layers", "lm_head"])
+    assert list(mixed)[-1] == "lm_head.weight"
+    assert_close(mixed, {n: apart[n] for n in mixed}, rtol=1e-5, atol=1e-7)
+
+
+def test_the_head_of_a_lora_model_is_its_adapter():
+    model = with_lora(tiny_model("llama"), targets=("q_proj", "lm_head"))
+    head = descent_direction(model, padded_batch(), params="lm_head")
+    assert sorted(n.split(".")[-3] for n in head) == ["lora_A", "lora_B"]
+    assert_close(head, {n: descent_direction(model, padded_batch())[n] for n in head})
+
+
+@pytest.mark.parametrize(
+    ("params", "with_graph"),
+    [("all", [0, 1]), ("last_1_layers", [1]), ("lm_head", []), ("model.norm.weight", [])],
+)
+@pytest.mark.parametrize("lora", [True, False])
+def test_what_comes_before_the_first_chosen_parameter_keeps_no_graph(params, with_graph, lora):
+    model = tiny_model("llama")
+    if lora:
+        model = with_lora(model, targets=("q_proj", "lm_head"))
+        model.enable_input_require_grads()  # as under gradient checkpointing
+        if params == "model.norm.weight":
+            params = "*model.norm.weight"
+            model.get_base_model().model.norm.weight.requires_grad_(True)
+    layers = model.get_decoder().layers
+    grown = []
+
+    def note(number, out):
+        if out.requires_grad:
+            grown.append(number)
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda module, args, out, number=number: note(number, out))
+    descent_direction(model, padded_batch(), params=params)
+    assert grown == with_graph
+
+
+def test_params_that_choose_nothing():
+    model, batch = tiny_model("qwen3"), padded_batch()
+    with pytest.raises(ValueError, match=r"'last_99_layers'.* has 2 layers. Pass last_1_layers to"):
+        descent_direction(model, batch, params="last_99_layers")
+    with pytest.raises(ValueError, match=r"'last_0_layers', but Qwen3ForCausalLM has 2 layers"):
+        descent_direction(model, batch, params="last_0_layers")
+    with pytest.raises(ValueError, match=r"'\*\.layers\.7\.\*' chooses no parameter at all"):
+        descent_direction(model, batch, params=["lm_head", "*.layers.7.*"])
+    with pytest.raises(ValueError, match="params is empty"):
+        descent_direction(model, batch, params=[])
+    with pytest.raises(TypeError, match="a string or several, got int"):
+        descent_direction(model, batch, params=[3])
+    model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen parameters only \(model\.norm\.weight\).*set"):
+        descent_direction(model, batch, params="model.norm.weight")
+    adapted = with_lora(tiny_model("qwen3"))
+    with pytest.raises(ValueError, match=r"'lm_head' chooses frozen parameters only \(.*lm_head"):
+        descent_direction(adapted, batch, params="lm_head")
+    assert all("lora" in n for n in descent_direction(adapted, batch, params="*.layers.1.*"))
+
+
+def test_moments_of_a_part():
+    model = tiny_model("qwen3")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    stepped(model, optimizer)
+    whole = descent_direction(model, [], kind="adam", optimizer=optimizer)
+    part = descent_direction(
+        model, [], kind="adam", optimizer=optimizer, params=["last_1_layers", "lm_head"]
+    )
+    assert torch.equal(part.pop("lm_head.weight"), whole["model.embed_tokens.weight"])
+    assert_close(part, {n: g for n, g in whole.items() if n.startswith("model.layers.1.")})
+
+
+@pytest.mark.parametrize(
+    "state", [ProbeDirection(), MomentumDirection()], ids=["probe", "momentum"]
+)
+def test_a_kept_direction_is_not_changed_by_training(state):
+    model, batch = tiny_model("qwen3"), padded_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    stepped(model, optimizer)
+    update_direction(state, model, batch, optimizer=optimizer)
+    before = state.direction()
+    stepped(model, optimizer)
+    assert all(torch.equal(g, before[n]) for n, g in state.direction().items())

@@ -53,7 +53,9 @@ def assert_bitwise(left, right):
         (7, {"direction": "probe", "probe_replacement": False, "every": 2}),
         (5, {"direction": "ema", "every": 3}),
         (3, {"direction": "ema", "packing": True, "anchor_steps": 2}),
+        (4, {"direction": "ema", "ema_warmup": 3, "every": 3, "direction_precondition": True}),
         (7, {"direction": "momentum"}),
+        (5, {"direction_params": "last_1_layers,lm_head", "every": 4}),
         (6, {"direction": "adam", "every": 4}),
     ],
     ids=str,
@@ -101,7 +103,7 @@ def test_state_is_safetensors_and_json(tmp_path):
     trainer.train()
     folder = tmp_path / "checkpoint-2"
     names = set(load_file(folder / "vcore_state.safetensors"))
-    assert {name.split("/")[0] for name in names} == {"ema", "direction", "sampler"}
+    assert {name.split("/")[0] for name in names} == {"direction", "sampler"}
     values = json.loads((folder / "vcore_state.json").read_text())["values"]
     assert values["totals"]["fallback_steps"] == 0
     AutoModelForCausalLM.from_pretrained(folder)

@@ -137,6 +137,32 @@ def test_a_direction_is_kept_for_every_steps(tmp_path, monkeypatch):
     assert draws == [0, 3, 6]
 
 
+def test_the_first_update_of_an_average_may_be_thorough(tmp_path):
+    trainer = make_trainer(tmp_path, every=2, max_steps=5, direction="ema", ema_warmup=3)
+    drawn = []
+    draw = trainer._sampler.draw
+    trainer._sampler.draw = lambda count: drawn.append(count) or draw(count)
+    trainer.train()
+    assert drawn == [12, 4, 4]
+    assert trainer._schedule.state.weight == pytest.approx(0.9 * (0.9 * 3 + 1) + 1)
+
+
+@pytest.mark.parametrize("direction", ["probe", "ema", "momentum"])
+def test_a_preconditioned_direction_of_a_part(tmp_path, direction, caplog):
+    trainer = train(
+        tmp_path,
+        direction=direction,
+        direction_precondition=True,
+        direction_params="last_1_layers,lm_head",
+        optim="adamw_torch",
+        learning_rate=1e-3,
+    )
+    assert logged(trainer, "kl") == pytest.approx([0.1] * 3, abs=1e-4)
+    assert ("averages the reweighted gradients" in caplog.text) == (direction == "momentum")
+    with pytest.raises(ValueError, match=r"'last_9_layers'.* has 2 layers"):
+        make_trainer(tmp_path, direction_params="last_9_layers")
+
+
 # ---- methods ----
 
 
@@ -230,7 +256,7 @@ def test_lora_moves_and_probes_adapters_only(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = train(tmp_path, model=model, direction="ema", every=2)
     assert len(logged(trainer, "kl")) == 3
-    tensors, _ = trainer._schedule.state()
+    tensors, _ = trainer._schedule.state_dict()
     probed = [name for name in tensors if name.startswith("direction/")]
     assert probed
     assert all("lora_" in name for name in probed)
@@ -358,16 +384,16 @@ def test_a_step_without_supervised_tokens_is_a_connected_zero(tmp_path, packing)
 def test_a_direction_with_nan_falls_back_to_uniform(tmp_path, monkeypatch):
     import vcore_train.direction_schedule as schedule
 
-    real = schedule.descent_direction
+    real = schedule.read_direction
 
-    def broken(model, batches, **options):
-        direction = real(model, batches, **options)
+    def broken(state, model, **options):
+        direction = real(state, model, **options)
         if trainer.state.global_step == 1:
             next(iter(direction.values())).view(-1)[0] = float("nan")
         return direction
 
     trainer = make_trainer(tmp_path, max_steps=3, every=2)
-    monkeypatch.setattr(schedule, "descent_direction", broken)
+    monkeypatch.setattr(schedule, "read_direction", broken)
     trainer.args.every = 1
     trainer.train()
     assert logged(trainer, "fallback_steps") == [0, 1, 1]
@@ -424,6 +450,13 @@ def test_optimizers_without_readable_moments(tmp_path, optimizer, direction):
             args,
             train_dataset=example_rows(),
             optimizers=(optimizer(model.parameters()), None),
+        )
+    with pytest.raises(ValueError, match=r"direction_precondition=True .* has none that it can"):
+        VcoreTrainer(
+            model,
+            VcoreConfig(**{**args.to_dict(), "direction": "ema", "direction_precondition": True}),
+            train_dataset=example_rows(),
+            optimizers=(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), None),
         )
     with pytest.raises(ValueError, match=r"SGD as configured has none"):
         train(tmp_path, optim="sgd", direction="momentum")
