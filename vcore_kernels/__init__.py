@@ -2,11 +2,14 @@
 
 from vcore_kernels._apportion import NothingToAllocateError
 from vcore_kernels._library import check_compiled
+from vcore_kernels.aggregation import aggregation_items
 from vcore_kernels.allocation import ALLOCATION_RULES, Evidence, allocate
 from vcore_kernels.attention_jvp import attention_jvp
 from vcore_kernels.backends import BackendError, backends
 from vcore_kernels.dft_loss import dft_loss
 from vcore_kernels.gibbs_weights import GibbsWeights, gibbs_weights
+from vcore_kernels.grpo_advantages import GroupMetrics, group_metrics, grpo_advantages
+from vcore_kernels.grpo_loss import grpo_loss
 from vcore_kernels.gvm_allocate import gvm_allocate
 from vcore_kernels.gvm_variance import gvm_variance, gvm_variance_bound
 from vcore_kernels.iw_sft_loss import iw_sft_loss
@@ -22,6 +25,8 @@ from vcore_kernels.perturbed import (
     perturbed,
     restore_,
 )
+from vcore_kernels.prompt_weights import prompt_weights
+from vcore_kernels.raft_loss import raft_loss
 from vcore_kernels.random_supervision import random_supervision
 from vcore_kernels.sft_loss import sft_loss
 from vcore_kernels.variance_control import variance_control
@@ -35,16 +40,21 @@ __all__ = [
     "BackendError",
     "Evidence",
     "GibbsWeights",
+    "GroupMetrics",
     "NonFiniteDirectionError",
     "NothingToAllocateError",
     "StalledPerturbationWarning",
     "VcoreLoss",
+    "aggregation_items",
     "allocate",
     "attention_jvp",
     "backends",
     "dft_loss",
     "free_backup_buffers",
     "gibbs_weights",
+    "group_metrics",
+    "grpo_advantages",
+    "grpo_loss",
     "gvm_allocate",
     "gvm_variance",
     "gvm_variance_bound",
@@ -55,6 +65,8 @@ __all__ = [
     "linear_nll_pair",
     "perturb_",
     "perturbed",
+    "prompt_weights",
+    "raft_loss",
     "random_supervision",
     "restore_",
     "sft_loss",

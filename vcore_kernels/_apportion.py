@@ -61,10 +61,10 @@ def check_prompts(op: str, name: str, values: Tensor, prompts: int | None = None
 
 
 def check_rates(op: str, name: str, values: Tensor, prompts: int | None = None) -> Tensor:
-    """As :func:`check_prompts`, between 0 and 1."""
+    """As :func:`check_prompts`, between 0 and 1; beyond 1 by a sum's rounding counts as 1."""
     values = check_prompts(op, name, values, prompts)
-    _refuse(op, name, values, values > 1, "between 0 and 1 (accepted / sampled)")
-    return values
+    _refuse(op, name, values, values > 1 + 1e-6, "between 0 and 1 (accepted / sampled)")
+    return values.clamp(max=1)
 
 
 def _refuse(op: str, name: str, values: Tensor, wrong: Tensor, expected: str) -> None:

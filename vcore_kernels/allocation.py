@@ -15,6 +15,7 @@ from vcore_kernels._apportion import (
     check_rates,
 )
 from vcore_kernels.gvm_allocate import gvm_allocate
+from vcore_kernels.segments import check_integers
 
 
 class Evidence(NamedTuple):
@@ -241,9 +242,7 @@ def _evidence(
 def _check_counts(op: str, name: str, counts: Tensor | None, prompts: int) -> Tensor:
     if counts is None:
         return torch.zeros(prompts, dtype=torch.int64)
-    if not isinstance(counts, Tensor) or counts.is_floating_point() or counts.is_complex():
-        kind = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
-        raise TypeError(f"{op}: {name} must be an integer tensor, got {kind}.")
+    check_integers(op, name, counts)
     if counts.shape != (prompts,):
         raise ValueError(f"{op}: {name} has shape {list(counts.shape)}, expected [{prompts}].")
     counts = counts.to(device="cpu", dtype=torch.int64)

@@ -60,6 +60,16 @@ def check_values(op: str, name: str, values: Tensor, like: Tensor | None = None)
         raise ValueError(f"{op}: {name} is on {values.device}, expected {like.device}.")
 
 
+def check_integers(op: str, name: str, values: Tensor) -> None:
+    """Raises unless ``values`` is a tensor of integers."""
+    whole = isinstance(values, Tensor) and not (
+        values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
+    )
+    if not whole:
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {kind}.")
+
+
 def check_mask(op: str, name: str, mask: Tensor | None, values: Tensor) -> Tensor | None:
     """``mask`` as bool, checked against the shape and device of ``values``."""
     if mask is None:

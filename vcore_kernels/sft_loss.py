@@ -49,8 +49,16 @@ def weighted_sum(
         weights = weights if mask is None else weights.where(mask, 0)
         losses = losses.where(weights != 0, 0) * weights
     total = losses.sum()
+    count = total.new_full((), nll.numel()) if mask is None else mask.sum()
+    return divide_by_items(op, total, count, num_items)
+
+
+def divide_by_items(
+    op: str, total: Tensor, count: Tensor, num_items: int | Tensor | None
+) -> Tensor:
+    """``total`` over ``num_items``, over ``count`` where that is None, never over less than 1."""
     if num_items is None:
-        items = total.new_full((), nll.numel()) if mask is None else mask.sum()
+        items = count
     elif isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(
