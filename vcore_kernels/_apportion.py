@@ -1,5 +1,7 @@
 """Samples in whole numbers: checks and rounding that every allocation rule shares."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -28,17 +30,29 @@ def apportion(weight: Tensor, budget: int) -> Tensor:
     counts = quota.round()
     missing = budget - int(counts.sum())
     # Quotas sum to the budget and no residual is beyond 1/2: at least 2*|missing| have its sign.
-    residual = (quota - counts) * (1 if missing >= 0 else -1)
-    mended = residual.argsort(descending=True, stable=True)[: abs(missing)]
-    counts[mended] += 1 if missing >= 0 else -1
+    step = 1 if missing >= 0 else -1
+    counts[_largest(step * (quota - counts), abs(missing))] += step
     return counts.to(torch.int64)
 
 
+def _largest(values: Tensor, number: int) -> Tensor:
+    """Where the largest are, the earlier among equals: bool [m]. Cheaper than a stable sort."""
+    if number == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    edge = values.kthvalue(values.numel() - number + 1).values
+    chosen = values > edge
+    level = (values == edge).nonzero().squeeze(1)
+    chosen[level[: number - int(chosen.sum())]] = True
+    return chosen
+
+
 def check_budget(op: str, budget: int) -> int:
-    if isinstance(budget, Tensor) and budget.numel() == 1:
-        budget = budget.item()
-    if isinstance(budget, bool) or not isinstance(budget, int):
-        raise TypeError(f"{op}: budget must be a whole number of samples, got {budget!r}.")
+    try:
+        budget = operator.index(budget)
+    except TypeError:
+        raise TypeError(
+            f"{op}: budget must be a whole number of samples, got {budget!r}."
+        ) from None
     if not 0 <= budget <= LARGEST_BUDGET:
         raise ValueError(f"{op}: budget must be 0 to 2^40 samples, got {budget}.")
     return budget

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from vcore_kernels._apportion import check_budget, check_prompts, check_rates
 from vcore_kernels.gvm_allocate import gvm_weights
+from vcore_kernels.segments import check_integers
 
 
 def gvm_variance(
@@ -22,7 +23,7 @@ def gvm_variance(
             gradient of the summed log-probability.
         mean_grad_norm: [m]: |mu|, the norm of the mean of these gradients, at most ``grad_rms``.
         accept_rate: [m]: p, the true probability of acceptance.
-        counts: [m]: n, samples for each prompt.
+        counts: [m], integer: n, samples for each prompt.
 
     Returns:
         float64 [m] on the host. 0 where p or G is 0 (nothing to estimate), infinite where n is 0
@@ -37,6 +38,7 @@ def gvm_variance(
     rms = check_prompts(op, "grad_rms", grad_rms)
     mean = check_prompts(op, "mean_grad_norm", mean_grad_norm, rms.shape[0])
     p = check_rates(op, "accept_rate", accept_rate, rms.shape[0])
+    check_integers(op, "counts", counts)
     n = check_prompts(op, "counts", counts.to(torch.float64), rms.shape[0])
     once = (rms.square() / p - mean.square()).clamp(min=0)
     return (once / n).where((p > 0) & (rms > 0), 0).nan_to_num(nan=0.0, posinf=torch.inf)

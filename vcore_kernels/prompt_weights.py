@@ -75,6 +75,7 @@ def prompt_weights(
     if counts is None or accept_rate is None:
         missing = "counts" if counts is None else "accept_rate"
         raise ValueError(f"{op}: 'lemma1' needs {missing}, one number for each prompt.")
+    check_integers(op, "counts", counts)
     check_values(op, "accept_rate", accept_rate)
     if accept_rate.dim() != 1 or counts.shape != accept_rate.shape:
         raise ValueError(

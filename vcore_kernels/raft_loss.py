@@ -42,7 +42,8 @@ def raft_loss(
         mask: [B, T], bool or integer: the response tokens. None: all of them.
         prompt_weight: [B], floating, as :func:`prompt_weights` makes it. None: 1.
         clip_low, clip_high: how far r may leave 1 before the gradient stops.
-        max_length: tokens, for the two that divide by it; None: T.
+        max_length: tokens, for the two that divide by it; None: T. Micro-batches padded to
+            different T only add up with one max_length.
         num_items: in place of the tokens, responses or rows that the aggregation counts, a number
             or a 0-dim tensor. Under gradient accumulation the count of the whole optimizer step
             (:func:`aggregation_items`). Less than 1 counts as 1.

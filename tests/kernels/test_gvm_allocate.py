@@ -183,7 +183,13 @@ def test_variance_of_a_prompt():
         [2, 2, 0, 3, 3], [1, 1, 0, 0, 3], [0.5, 0.5, 0.5, 0.0, 1.0], [1, 4, 2, 3, 2]
     )
     assert gvm_variance(rms, mean, p, n.long()).tolist() == [7, 7 / 4, 0, 0, 0]
-    assert gvm_variance(rms, mean, p, torch.zeros(5)).tolist() == [math.inf, math.inf, 0, 0, 0]
+    assert gvm_variance(rms, mean, p, torch.zeros(5).int()).tolist() == [
+        math.inf,
+        math.inf,
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -211,3 +217,25 @@ def test_bad_arguments(change, error, message):
     arguments = {"grad_norm": torch.ones(2), "accept_rate": torch.ones(2) / 2, "budget": 4}
     with pytest.raises(error, match=f"gvm_allocate: {message}"):
         gvm_allocate(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"counts": torch.ones(2)}, TypeError, "counts must be an integer tensor"),
+        ({"counts": torch.tensor([1, -1])}, ValueError, r"counts\[1\] is -1"),
+        ({"grad_rms": torch.tensor([math.nan, 1])}, ValueError, r"grad_rms\[0\] is nan"),
+        ({"mean_grad_norm": torch.ones(3)}, ValueError, r"mean_grad_norm has shape \[3\]"),
+    ],
+)
+def test_bad_arguments_of_the_variance(change, error, message):
+    ones = torch.ones(2)
+    arguments = {"grad_rms": ones, "mean_grad_norm": ones, "accept_rate": ones}
+    with pytest.raises(error, match=f"gvm_variance: {message}"):
+        gvm_variance(**{**arguments, "counts": torch.tensor([1, 1]), **change})
+
+
+def test_bound_without_samples():
+    with pytest.raises(ValueError, match="gvm_variance_bound: budget must be 1 sample or more"):
+        gvm_variance_bound(torch.ones(2), torch.ones(2), 0)
+    assert gvm_variance_bound(torch.zeros(2), torch.ones(2), 3) == 0

@@ -4,7 +4,14 @@ import pytest
 import torch
 from policy_formulas import AGGREGATIONS, aggregated, batch, clipped
 
-from vcore_kernels import aggregation_items, grpo_loss, prompt_weights, raft_loss, sft_loss
+from vcore_kernels import (
+    aggregation_items,
+    grpo_loss,
+    linear_nll,
+    prompt_weights,
+    raft_loss,
+    sft_loss,
+)
 
 REWARD = torch.tensor([1.0, 0.0, 0.5, -2.0, 1.0], dtype=torch.float64)
 WEIGHT = torch.tensor([0.5, 2.0, 3.0, 1.0, math.inf], dtype=torch.float64)
@@ -191,7 +198,8 @@ def test_prompt_weights():
         ({"group": torch.ones(2, 1).long()}, ValueError, r"group must be \[B\]"),
         ({"counts": None}, ValueError, "'lemma1' needs counts"),
         ({"accept_rate": None}, ValueError, "'lemma1' needs accept_rate"),
-        ({"counts": torch.ones(3)}, ValueError, "accept_rate has shape"),
+        ({"counts": torch.ones(3).int()}, ValueError, "accept_rate has shape"),
+        ({"counts": torch.ones(2)}, TypeError, "counts must be an integer tensor"),
         ({"group": torch.tensor([0, 2])}, ValueError, "group runs from 0 to 2"),
         ({"group": torch.tensor([-1, 0])}, ValueError, "group runs from -1 to 0"),
         ({"accept_rate": torch.tensor([0.5, 0])}, ValueError, "prompt 1 has an accepted response"),
@@ -235,3 +243,24 @@ def test_bad_arguments(kwargs, error, message):
     }
     with pytest.raises(error, match=f"raft_loss: {message}"):
         raft_loss(**arguments)
+
+
+def test_through_the_head_on_policy_ratios_are_exactly_one():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 5, 16, generator=generator)
+    head = torch.randn(37, 16, generator=generator)
+    labels = torch.randint(37, (4, 5), generator=generator)
+    labels[:, 0] = labels[2, 3:] = -100
+    with torch.no_grad():
+        old_logp = -linear_nll(hidden, head, labels)
+    head.requires_grad_()
+    logp = -linear_nll(hidden, head, labels)
+    options = {"mask": labels != -100, "aggregation": "seq-mean-token-mean"}
+    reward = torch.tensor([1.0, 0.0, 0.5, 2.0])
+    loss = raft_loss(logp, old_logp, reward, **options)
+    assert torch.equal(loss, raft_loss(torch.ones_like(logp), None, reward, **options))
+    plain = raft_loss(
+        -linear_nll(hidden, head, labels, backend="reference"), None, reward, **options
+    )
+    (gradient,), (expected,) = (torch.autograd.grad(x, head) for x in (loss, plain))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
