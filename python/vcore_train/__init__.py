@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vcore_train.config import VcoreConfig
     from vcore_train.directions import descent_direction
+    from vcore_train.reuse import forward_with_utilities
     from vcore_train.trainer import VcoreTrainer
     from vcore_train.utilities import token_utilities
 
-__all__ = ["VcoreConfig", "VcoreTrainer", "descent_direction", "token_utilities"]
+__all__ = [
+    "VcoreConfig",
+    "VcoreTrainer",
+    "descent_direction",
+    "forward_with_utilities",
+    "token_utilities",
+]
 
 _HOME = {
     "VcoreConfig": "config",
     "VcoreTrainer": "trainer",
     "descent_direction": "directions",
+    "forward_with_utilities": "reuse",
     "token_utilities": "utilities",
 }
 

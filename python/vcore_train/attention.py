@@ -223,17 +223,34 @@ def _attention(
         )
     primals, tangents = [d.primal for d in duals], [d.tangent for d in duals]
     mask = attention_mask
-    if mask is None and query.shape[2] == key.shape[2]:
-        out, dout = attention_jvp(
-            *primals, *tangents, causal=is_causal, scale=scale, softcap=softcap
-        )
-    elif isinstance(mask, VisibleKeys):
-        out, dout = _visible_jvp(primals, tangents, mask, scale, softcap)
-    else:
-        visible, bias = _dense(mask, query, key, is_causal)
-        (q, k, v), (dq, dk, dv) = primals, tangents
-        out, dout = dense_attention_jvp(q, k, v, dq, dk, dv, visible, bias, scale, softcap or 0.0)
+    if torch.is_grad_enabled() and any(primal.requires_grad for primal in primals):
+        # attention_jvp gives no gradients: the primal is PyTorch's, with its graph.
+        with torch.no_grad():
+            tangent = _dual(primals, tangents, mask, scale, is_causal, softcap)[1]
+        q, k, v = primals
+        out = _plain(module, q, k, v, mask, dropout, scale, is_causal, softcap)[0]
+        return fwAD.make_dual(out, tangent.transpose(1, 2)), None
+    out, dout = _dual(primals, tangents, mask, scale, is_causal, softcap)
     return fwAD.make_dual(out.transpose(1, 2), dout.transpose(1, 2)), None
+
+
+def _dual(
+    primals: list[Tensor],
+    tangents: list[Tensor | None],
+    mask: VisibleKeys | Tensor | None,
+    scale: float,
+    is_causal: bool,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and tangent, each [B, heads, Tq, D]."""
+    query, key = primals[:2]
+    if mask is None and query.shape[2] == key.shape[2]:
+        return attention_jvp(*primals, *tangents, causal=is_causal, scale=scale, softcap=softcap)
+    if isinstance(mask, VisibleKeys):
+        return _visible_jvp(primals, tangents, mask, scale, softcap)
+    visible, bias = _dense(mask, query, key, is_causal)
+    (q, k, v), (dq, dk, dv) = primals, tangents
+    return dense_attention_jvp(q, k, v, dq, dk, dv, visible, bias, scale, softcap or 0.0)
 
 
 def _differentiating() -> bool:

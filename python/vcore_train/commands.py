@@ -233,6 +233,14 @@ def train(
         int | None,
         option("Probe batches in the first update of direction ema.", panel=WEIGHTS, default="1"),
     ] = None,
+    reuse_forward: Annotated[
+        bool,
+        option(
+            "Train by the probe's forward pass, not by a second one.",
+            "--reuse-forward",
+            panel=WEIGHTS,
+        ),
+    ] = False,
     # others
     random_keep: Annotated[
         float | None,
@@ -324,6 +332,7 @@ def train(
         "probe_max_norm": probe_max_norm,
         "ema_decay": ema_decay,
         "ema_warmup": ema_warmup,
+        "reuse_forward": reuse_forward or None,
         "random_keep": random_keep,
         "iw_level": iw_level,
         "iw_temp": iw_temp,

@@ -59,6 +59,11 @@ class VcoreConfig(TrainingArguments):
         ema_decay: in [0, 1), weight of the past in direction ``"ema"``.
         ema_warmup: probe batches in the first update of direction ``"ema"``, which counts as so
             many of the later ones (at most as ``1 / (1 - ema_decay)``).
+        reuse_forward: train by the probe's own forward pass instead of a second one. Saves a
+            forward pass of each weighted step; the gradients are the same. The activations of all
+            micro-batches of a step are then kept at once: accumulation saves no memory, unless
+            gradient checkpointing is on. Needs ``utility_method="jvp"``, one process, and a model
+            without any dropout. See :mod:`vcore_train.reuse`.
 
     Which weights (method ``"vcore"``):
         kl_budget, temperature, tau: at most one of the three. ``kl_budget`` (nats) takes the
@@ -145,6 +150,9 @@ class VcoreConfig(TrainingArguments):
     ema_warmup: int = field(
         default=1, metadata={"help": "Probe batches in the first update of direction ema."}
     )
+    reuse_forward: bool = field(
+        default=False, metadata={"help": "Train by the probe's forward pass, not by a second one."}
+    )
     random_keep: float = field(
         default=0.2, metadata={"help": "Supervised share of a response for method random."}
     )
@@ -195,7 +203,7 @@ class VcoreConfig(TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise _error(name, getattr(self, name), "one of " + ", ".join(allowed))
-        for name in ("packing", "probe_replacement", "direction_precondition"):
+        for name in ("packing", "probe_replacement", "direction_precondition", "reuse_forward"):
             if not isinstance(getattr(self, name), bool):
                 raise _error(name, getattr(self, name), "True or False")
         params: object = self.direction_params
@@ -270,6 +278,7 @@ class VcoreConfig(TrainingArguments):
             )
         if self.method != "vcore":
             return
+        self._check_reuse()
         if (
             self.variance_control == "trajectory"
             and self.per_device_train_batch_size * self.gradient_accumulation_steps < 2
@@ -302,6 +311,22 @@ class VcoreConfig(TrainingArguments):
                 f"VcoreConfig: direction={self.direction!r} reads the moments of the optimizer, "
                 f"and optim={optim!r} has none that it can read. Use optim={' or '.join(served)}, "
                 "or direction='probe' or 'ema', which work with any optimizer."
+            )
+
+    def _check_reuse(self) -> None:
+        if not self.reuse_forward:
+            return
+        if self.utility_method != "jvp":
+            raise ValueError(
+                f"VcoreConfig: reuse_forward=True has no pass to reuse with utility_method="
+                f"{self.utility_method!r}, whose passes are at other parameters. Use "
+                "utility_method='jvp', or leave reuse_forward off."
+            )
+        if self.world_size > 1:
+            raise ValueError(
+                f"VcoreConfig: reuse_forward=True works in one process, and there are "
+                f"{self.world_size}: gradients are synchronised around the forward pass of the "
+                "training step, which it leaves out. Leave reuse_forward off."
             )
 
 

@@ -22,7 +22,7 @@ VCORE = (
         "variance_control",
     ),
     *("variance_cap", "every", "anchor_steps", "probe_batch_size", "probe_replacement"),
-    *("probe_max_norm", "ema_decay", "ema_warmup"),
+    *("probe_max_norm", "ema_decay", "ema_warmup", "reuse_forward"),
 )
 
 
@@ -95,7 +95,7 @@ def check_numbers(options: Mapping[str, Any]) -> None:
 def check_train(options: Mapping[str, Any]) -> None:
     """Raises for options of ``vcore train`` that are wrong or would be ignored."""
     check_numbers(options)
-    options = {**options, "lora": options["lora"] or None}
+    options = {**options, **{name: options[name] or None for name in ("lora", "reuse_forward")}}
     method, model = options["method"], options["model"]
     _needs(options, ("dtype", "lora"), model, "--model")
     _needs(
@@ -112,6 +112,7 @@ def check_train(options: Mapping[str, Any]) -> None:
     _needs(options, ("ema_decay", "ema_warmup"), averaged, "--direction ema")
     differences = options["utility_method"] in ("central", "finite_difference")
     _needs(options, ("epsilon",), differences, "--utility-method central (or finite_difference)")
+    _needs(options, ("reuse_forward",), not differences, "--utility-method jvp")
     _excludes(options, "steps", ("epochs",), "the steps are given")
     _excludes(options, "tau", ("kl_scope",), "there is no budget")
     _excludes(options, "temperature", ("kl_scope",), "there is no budget")

@@ -27,6 +27,7 @@ from vcore_train.checkpoint import (
 from vcore_train.collators import PackingCollator, PaddingCollator, model_inputs
 from vcore_train.config import VcoreConfig
 from vcore_train.direction_schedule import DirectionSchedule
+from vcore_train.directions import Direction
 from vcore_train.examples import Examples, ExampleStream, numbered_examples
 from vcore_train.forward_redirection import call_inside_forward
 from vcore_train.metrics import Metrics
@@ -44,8 +45,14 @@ from vcore_train.parameter_choice import chosen_parameters
 from vcore_train.probe_sampler import ProbeSampler
 from vcore_train.random_labels import random_labels
 from vcore_train.reference_logp import ReferenceLogp
+from vcore_train.reuse import ForwardWithUtilities, check_reusable, forward_with_utilities
 from vcore_train.supervised import SupervisedTokens, segments
-from vcore_train.utilities import Method, NonFiniteDirectionError, token_utilities_and_nll
+from vcore_train.utilities import (
+    Method,
+    NonFiniteDirectionError,
+    TokenUtilities,
+    token_utilities_and_nll,
+)
 from vcore_train.weighting import weigh
 
 logger = logging.getLogger(__name__)
@@ -73,7 +80,8 @@ class VcoreTrainer(Trainer):
 
     Logged besides transformers' own figures: ``nll`` (mean over supervised tokens, unweighted),
     ``tau``, ``kl`` (nats) and ``ess`` (means over trajectories), ``alpha``, ``utility_mean``,
-    ``utility_std``, ``probe_time_share`` (of the time of probes and training passes); and as totals
+    ``utility_std``, ``probe_time_share`` (of the time of probes and training passes; with
+    ``reuse_forward`` the forward pass of the training counts as probe); and as totals
     of the run ``supervised_tokens``, ``fallback_steps``, ``saturated`` (trajectories whose KL
     budget could not be reached). ``eval_loss`` is the mean over all supervised tokens of the
     evaluation set.
@@ -160,6 +168,7 @@ class VcoreTrainer(Trainer):
         self._reference: ReferenceLogp | None = None
         self._step_batches: list[Batch] = []
         self._step_weights: list[Tensor] | None = None
+        self._forwards: dict[int, ForwardWithUtilities] = {}  # by position, with reuse_forward
         self._position = 0  # of the micro-batch in its optimizer step
         self._drawn = 0  # micro-batches read for the step
         self._step_start = 0.0
@@ -194,6 +203,8 @@ class VcoreTrainer(Trainer):
                 "this model, whose kernels have no forward derivative. Use "
                 "utility_method='central', which moves the adapters alone."
             )
+        if args.method == "vcore" and args.reuse_forward:
+            check_reusable(model)
         verify_head(model)
         if args.method == "vcore":
             chosen_parameters(model, args.direction_choice)
@@ -322,6 +333,7 @@ class VcoreTrainer(Trainer):
             map(self._with_supervised_labels, epoch_iterator), num_batches, device
         )
         self._step_batches, self._step_weights, self._position = batches, None, 0
+        self._forwards = {}
         return batches, num_items
 
     def _with_supervised_labels(self, batch: Batch) -> Batch:
@@ -401,8 +413,11 @@ class VcoreTrainer(Trainer):
             if method == "dft":
                 return dft_loss(nll, mask=mask, num_items=num_items), nll.detach()
             return self._iw_sft_loss(nll, inputs, mask, num_items), nll.detach()
-        head = head_of(model)
         weights = mask.float() if self._step_weights is None else self._step_weights[self._position]
+        forward = self._forwards.pop(self._position, None)
+        if forward is not None:
+            return forward.loss(weights / num_items), forward.nll
+        head = head_of(model)
         return weighted_linear_nll(
             hidden_states(model, model_inputs(inputs)),
             head.weight,
@@ -465,14 +480,8 @@ class VcoreTrainer(Trainer):
                     )
                 with record_function("vcore::utilities"):
                     pairs = [
-                        token_utilities_and_nll(
-                            model,
-                            model_inputs(batch),
-                            direction,
-                            method=cast(Method, self.args.utility_method),
-                            epsilon=self.args.epsilon,
-                        )
-                        for batch in batches
+                        self._utilities(model, model_inputs(batch), direction, position)
+                        for position, batch in enumerate(batches)
                     ]
         except NonFiniteDirectionError as error:
             self._fall_back(str(error))
@@ -488,6 +497,21 @@ class VcoreTrainer(Trainer):
             self.metrics.add_mean(name, value)
         self.metrics.totals["saturated"] += int(result.saturated)
         return result.weights
+
+    def _utilities(
+        self, model: nn.Module, inputs: Batch, direction: Direction, position: int
+    ) -> TokenUtilities:
+        if self.args.reuse_forward:
+            forward = forward_with_utilities(model, inputs, direction)
+            self._forwards[position] = forward
+            return TokenUtilities(forward.utility, forward.nll)
+        return token_utilities_and_nll(
+            model,
+            inputs,
+            direction,
+            method=cast(Method, self.args.utility_method),
+            epsilon=self.args.epsilon,
+        )
 
     def _fall_back(self, reason: str) -> None:
         self._schedule.forget()

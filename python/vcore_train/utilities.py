@@ -216,27 +216,55 @@ _eager_attention: WeakSet[nn.Module] = WeakSet()
 def _forward_mode(model, inputs, labels, probed, epsilon, backend) -> TokenUtilities:
     if epsilon is not None:
         raise ValueError("token_utilities: method 'jvp' takes no epsilon; it is a derivative.")
+    return utilities_of(dual_pass(model, inputs, probed), labels, backend)
+
+
+class DualPass(NamedTuple):
+    """What the head reads and is, and their tangents times ``scale``; None does not move."""
+
+    hidden: Tensor  # [B, T, H]
+    hidden_tangent: Tensor  # [B, T, H]
+    head: Head
+    weight_tangent: Tensor | None
+    bias_tangent: Tensor | None
+    scale: float
+
+
+def dual_pass(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    probed: Mapping[str, Probed],
+    *,
+    graph: bool = False,
+) -> DualPass:
+    """The decoder with values and tangents, dropout off. The head itself is not run.
+
+    With ``graph`` (and gradients enabled) the values carry the autograd graph of an ordinary
+    forward pass; tangents carry none. A tensor that an operation of PyTorch's saves keeps its
+    tangent until the pass ends.
+    """
     lm = causal_lm(model)
     if attention.serves(lm) and lm not in _eager_attention:
         try:
-            return _forward_pass(model, inputs, labels, probed, backend, attention.NAME)
+            return _dual_pass(model, inputs, probed, attention.NAME, graph)
         except attention.AttentionUnsupportedError as error:
             _eager_attention.add(lm)
             logger.info("token_utilities: %s Eager attention serves this model.", error)
-    return _forward_pass(model, inputs, labels, probed, backend, "eager")
+    return _dual_pass(model, inputs, probed, "eager", graph)
 
 
-def _forward_pass(model, inputs, labels, probed, backend, implementation) -> TokenUtilities:
+def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
     scale = _tangent_scale(model, probed)
     both = _DecoderAndHead(model)
     with probing(model, attention=implementation), fwAD.dual_level():
         duals = {
             f"model.{name}": fwAD.make_dual(
-                p.parameter.detach(), _scaled(p.direction, scale).to(p.parameter.dtype)
+                p.parameter if graph else p.parameter.detach(),
+                _scaled(p.direction, scale).to(p.parameter.dtype),
             )
             for name, p in probed.items()
         }
-        with _explained(model), _NoLostTangents():
+        with _explained(model), _PlainTangents() if graph else _NoLostTangents():
             hidden, head = functional_call(both, duals, (inputs,))
         hidden, hidden_tangent = fwAD.unpack_dual(hidden)
         weight, weight_tangent = fwAD.unpack_dual(head.weight)
@@ -244,21 +272,25 @@ def _forward_pass(model, inputs, labels, probed, backend, implementation) -> Tok
     if hidden_tangent is None:
         _check_only_head(model, probed)
         hidden_tangent = torch.zeros_like(hidden)
+    head = replace(head, weight=weight, bias=bias)
+    return DualPass(hidden, hidden_tangent, head, weight_tangent, bias_tangent, scale)
+
+
+def utilities_of(dual: DualPass, labels: Tensor, backend: str) -> TokenUtilities:
+    """The losses under the head and their tangents."""
     nll, tangent = linear_nll_jvp(
-        hidden,
-        weight,
+        dual.hidden,
+        dual.head.weight,
         labels,
-        hidden_tangent,
-        weight_tangent,
-        bias=bias,
-        bias_tangent=bias_tangent,
-        softcap=head.softcap,
-        scale=head.scale,
+        dual.hidden_tangent,
+        dual.weight_tangent,
+        bias_tangent=dual.bias_tangent,
         ignore_index=IGNORE_INDEX,
         shift=1,
         backend=backend,
+        **dual.head.options(),
     )
-    return TokenUtilities(tangent / scale, nll)
+    return TokenUtilities(tangent / dual.scale, nll)
 
 
 def _tangent_scale(model: nn.Module, probed: Mapping[str, Probed]) -> float:
@@ -315,6 +347,31 @@ class _NoLostTangents(TorchFunctionMode):
             ):
                 raise NotImplementedError(f"forward AD: operator {func} drops the tangent")
         return out
+
+
+class _PlainTangents(_NoLostTangents):
+    """Cuts the graph that PyTorch records on a tangent beside the one on its primal.
+
+    What that graph had saved is freed at once.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(out, Tensor):
+            return _without_tangent_graph(out)
+        if isinstance(out, tuple | list):
+            return torch.utils._pytree.tree_map_only(Tensor, _without_tangent_graph, out)
+        return out
+
+
+def _without_tangent_graph(tensor: Tensor) -> Tensor:
+    primal, tangent = fwAD.unpack_dual(tensor)
+    if tangent is None or not tangent.requires_grad:
+        return tensor
+    if tangent._is_view():  # PyTorch detaches no view in its place
+        return fwAD.make_dual(primal, tangent.detach())
+    tangent.detach_()
+    return tensor
 
 
 def _is_floating(value: Any) -> bool:

@@ -80,10 +80,11 @@ def test_every_option_of_the_configuration_is_an_option_of_train():
     inherited = {field.name for field in fields(transformers.TrainingArguments)}
     own = [field for field in fields(VcoreConfig) if field.name not in inherited]
     options = inspect.signature(train).parameters
+    flags = ("method", "packing", "reuse_forward")
     assert len(own) > 20
     for field in own:
         text = options[field.name].annotation.__metadata__[0].help
-        if field.default is not None and field.name not in ("method", "packing"):
+        if field.default is not None and field.name not in flags:
             assert f"(default: {field.default})" in text, field.name
 
 
@@ -224,6 +225,11 @@ def test_gsm8k(tmp_path):
             "and --batch-size * --accumulation is 1",
         ),
         (["--vocab-size", "10"], "vcore: --vocab-size must be at least"),
+        (
+            ["--reuse-forward", "--utility-method", "central"],
+            "vcore: --reuse-forward means nothing without --utility-method jvp",
+        ),
+        (["--reuse-forward", "--method", "sft"], "--reuse-forward means nothing without --method"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_1(problems, tmp_path, capsys, options, message):
