@@ -126,7 +126,8 @@ def check_train(options: Mapping[str, Any]) -> None:
 def in_options(message: str) -> str:
     """A message of the library's configuration or trainer in the words of the command line."""
     head, colon, text = message.partition(": ")
-    if not colon or head not in ("VcoreConfig", "VcoreTrainer", "train_tokenizer", "dataset"):
+    sources = ("VcoreConfig", "VcoreTrainer", "reuse_forward", "train_tokenizer", "dataset")
+    if not colon or head not in sources:
         return message
 
     def named(match: re.Match[str]) -> str:
