@@ -7,6 +7,7 @@ from vcore_kernels.allocation import ALLOCATION_RULES, Evidence, allocate
 from vcore_kernels.attention_jvp import attention_jvp
 from vcore_kernels.backends import BackendError, backends
 from vcore_kernels.dft_loss import dft_loss
+from vcore_kernels.gated_jvp import gated_jvp
 from vcore_kernels.gibbs_weights import GibbsWeights, gibbs_weights
 from vcore_kernels.grpo_advantages import GroupMetrics, group_metrics, grpo_advantages
 from vcore_kernels.grpo_loss import grpo_loss
@@ -28,6 +29,7 @@ from vcore_kernels.perturbed import (
 from vcore_kernels.prompt_weights import prompt_weights
 from vcore_kernels.raft_loss import raft_loss
 from vcore_kernels.random_supervision import random_supervision
+from vcore_kernels.rms_norm_jvp import rms_norm_jvp
 from vcore_kernels.sft_loss import sft_loss
 from vcore_kernels.variance_control import variance_control
 from vcore_kernels.vcore_loss import VcoreLoss, vcore_loss
@@ -51,6 +53,7 @@ __all__ = [
     "backends",
     "dft_loss",
     "free_backup_buffers",
+    "gated_jvp",
     "gibbs_weights",
     "group_metrics",
     "grpo_advantages",
@@ -69,6 +72,7 @@ __all__ = [
     "raft_loss",
     "random_supervision",
     "restore_",
+    "rms_norm_jvp",
     "sft_loss",
     "variance_control",
     "vcore_loss",

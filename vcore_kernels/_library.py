@@ -103,12 +103,16 @@ WHY_NOT_COMPILED = _load(COMPILED_PATH, "install with VCORE_BUILD_CPP=1 to see w
 WHY_NOT_CUDA = _why_not_cuda()
 
 
+def has_compiled(name: str) -> bool:
+    """Whether a compiled library that is loaded has a CPU kernel for operator ``name``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+
+
 def check_compiled() -> None:
     """To be called when every operator is declared: is the compiled library of this version?"""
     global WHY_NOT_COMPILED
     if WHY_NOT_COMPILED is None:
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        missing = [op for op in _compiled if not has_kernel(f"{NAMESPACE}::{op}", "CPU")]
+        missing = [op for op in _compiled if not has_compiled(op)]
         if missing:
             WHY_NOT_COMPILED = (
                 f"{COMPILED_PATH.name} is of another version of this package: it lacks "

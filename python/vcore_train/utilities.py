@@ -26,6 +26,7 @@ from vcore_kernels import linear_nll_jvp, linear_nll_pair
 from vcore_kernels.perturbed import NonFiniteDirectionError, perturbed
 from vcore_train import attention
 from vcore_train.direction_tensors import check_finite, norm_of
+from vcore_train.dual_layers import dual_layers
 from vcore_train.modeling import (
     IGNORE_INDEX,
     Head,
@@ -256,7 +257,7 @@ def dual_pass(
 def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
     scale = _tangent_scale(model, probed)
     both = _DecoderAndHead(model)
-    with probing(model, attention=implementation), fwAD.dual_level():
+    with probing(model, attention=implementation), dual_layers(model), fwAD.dual_level():
         duals = {
             f"model.{name}": fwAD.make_dual(
                 p.parameter if graph else p.parameter.detach(),

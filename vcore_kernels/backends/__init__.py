@@ -35,6 +35,7 @@ YES = Support(True)
 _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_OPS = ("perturb_",)
 _NOT_IN_CPP = ("linear_nll_grad_norms",)
+_ROW_OPS = ("gated_jvp", "rms_norm_jvp")
 _TRITON_DTYPES = _CPP_DTYPES
 _TRITON_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCTS = (
@@ -85,6 +86,8 @@ def supports(backend: str, op: str, *tensors: torch.Tensor) -> Support:
 def _cpp_serves(op: str, tensor: torch.Tensor) -> Support:
     if op in _NOT_IN_CPP:
         return Support(False, f"cpp has no kernel for {op}")
+    if op in _ROW_OPS and not _library.has_compiled(op):
+        return Support(False, f"{_library.COMPILED_PATH.name} lacks {op}: build it again")
     if tensor.device.type != "cpu":
         return Support(False, f"cpp serves CPU tensors, got {tensor.device}")
     if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
@@ -103,6 +106,8 @@ def _cuda_serves(op: str, tensor: torch.Tensor) -> Support:
 
 
 def _triton_serves(op: str, tensor: torch.Tensor) -> Support:
+    if op in _ROW_OPS:
+        return Support(False, f"triton has no kernel for {op}")
     expected = "cpu" if triton.INTERPRETED else "cuda"
     if tensor.device.type != expected:
         return Support(False, f"triton serves {expected} tensors here, got {tensor.device}")
