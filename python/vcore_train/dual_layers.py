@@ -76,7 +76,8 @@ class _Linears(TorchFunctionMode):
 
 # ---- which modules ----
 
-_verified: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+# The forward that was compared, and what was found.
+_verified: WeakKeyDictionary[nn.Module, tuple[Callable, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ def _kind(module: nn.Module) -> _Kind | None:
 def _replacement(module: nn.Module, kind: _Kind) -> Callable[..., Any] | None:
     if any(_is_touched(m) for m in module.modules()):
         return None
-    if module not in _verified:
-        _verified[module] = kind.verify(module)
-    facts = _verified[module]
+    forward = type(module).forward
+    known = _verified.get(module)
+    if known is None or known[0] is not forward:  # a class may be given another forward, too
+        known = _verified[module] = forward, kind.verify(module)
+    facts = known[1]
     return None if facts is None else partial(kind.forward, module, facts)
 
 
