@@ -7,9 +7,9 @@ named parameters. Models may be plain or PEFT-wrapped; unwrap DDP and torch.comp
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -54,6 +54,10 @@ class Head:
     def options(self) -> dict[str, Any]:
         """Everything but the weight, as keywords of the head operators in vcore_kernels."""
         return {"bias": self.bias, "softcap": self.softcap, "scale": self.scale}
+
+    def detach(self) -> "Head":
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -166,6 +170,38 @@ def head_of(model: nn.Module) -> Head:
             bias = lora_bias if bias is None else bias + lora_bias
     config = lm.config.get_text_config()
     return Head(weight, bias, _softcap(config), _scale(config))
+
+
+class HeadPart(NamedTuple):
+    """Where a parameter stands in :func:`head_of`."""
+
+    parameter: nn.Parameter
+    columns: slice | None  # of the weight; None: it is part of the bias
+    factor: float = 1.0
+
+
+def head_parts(model: nn.Module) -> list[HeadPart]:
+    """The parameters that the head's weight and bias are made of, those of LoRA adapters too."""
+    module: Any = causal_lm(model).get_output_embeddings()
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    end = base.weight.shape[1]
+    parts = [HeadPart(base.weight, slice(0, end))]
+    if getattr(base, "bias", None) is not None:
+        parts.append(HeadPart(base.bias, None))
+    for layer, adapter in _head_adapters(model):
+        lora_b: Any = layer.lora_B[adapter]
+        begin, end = end, end + lora_b.weight.shape[1]
+        parts.append(HeadPart(lora_b.weight, slice(begin, end)))
+        if lora_b.bias is not None:
+            parts.append(HeadPart(lora_b.bias, None, layer.scaling[adapter]))
+    return parts
+
+
+def input_embeddings(model: nn.Module) -> Tensor:
+    """The weight [V, H] that token ids are looked up in; a parameter unless PEFT composes it."""
+    module: Any = causal_lm(model).get_input_embeddings()
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base.weight
 
 
 def token_nll(
