@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vcore_train.config import VcoreConfig
     from vcore_train.directions import descent_direction
+    from vcore_train.gradient_norms import sequence_grad_norms
     from vcore_train.reuse import forward_with_utilities
     from vcore_train.trainer import VcoreTrainer
     from vcore_train.utilities import token_utilities
@@ -19,6 +20,7 @@ __all__ = [
     "VcoreTrainer",
     "descent_direction",
     "forward_with_utilities",
+    "sequence_grad_norms",
     "token_utilities",
 ]
 
@@ -27,6 +29,7 @@ _HOME = {
     "VcoreTrainer": "trainer",
     "descent_direction": "directions",
     "forward_with_utilities": "reuse",
+    "sequence_grad_norms": "gradient_norms",
     "token_utilities": "utilities",
 }
 

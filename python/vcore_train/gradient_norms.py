@@ -102,8 +102,8 @@ def sequence_grad_norms(
     verify_head(model)
     parts = [part for part in head_parts(model) if part.parameter in chosen]
     # The gradient of a head that is nothing else takes no backward pass, and so no graph.
-    only_head = {part.parameter for part in parts} == set(chosen)
-    only_head = only_head and input_embeddings(model) not in chosen
+    embedding: Any = input_embeddings(model)
+    only_head = {part.parameter for part in parts} == set(chosen) and embedding not in chosen
     sequences = Sequences.of(inputs)
     squares = _Squares(sequences, chosen)
     uses = ParameterUses(chosen, squares.arrived)
@@ -111,6 +111,11 @@ def sequence_grad_norms(
         with uses.recomputed(model), torch.set_grad_enabled(not only_head):
             with uses:
                 hidden = hidden_states(model, inputs)
+            if uses.counts.get(embedding) == 0:
+                raise ValueError(
+                    f"sequence_grad_norms: the pass looks nothing up in {chosen[embedding]}. Pass "
+                    "input_ids, not inputs_embeds."
+                )
             head = head_of(model).detach()
             loss, nll = weighted_linear_nll(
                 hidden,
