@@ -57,13 +57,13 @@ def sequence_grad_norms(
     them in float32.
 
     Cost: one forward pass, and but for an output head alone one backward pass that forms no
-    weight gradients. On top of these, per sequence of T tokens: embeddings, a sum of N x H values;
-    an output head, what :func:`vcore_kernels.linear_nll_grad_norms` costs, and where input and
-    output share their weight two products of T x T x H; a linear layer, the cheaper of
-    T x in x out (its gradient) and T x T x (in + out) (the ghost norm). Memory beyond the graph's:
-    the same layer's in x out or T x T entries for one sequence at a time (several while they are
-    small), and for embeddings N x H. The graph holds the inputs of the chosen layers, or with
-    gradient checkpointing what checkpointing holds.
+    weight gradients. On top of these, for B sequences of T tokens: embeddings, a sum of B*T x H
+    values; an output head, what :func:`vcore_kernels.linear_nll_grad_norms` costs, and where input
+    and output share their weight two products of T x T x H a sequence; a linear layer, the cheaper
+    of T x in x out (its gradient) and T x T x (in + out) (the ghost norm) a sequence. Memory beyond
+    the graph's: the layer's in x out or T x T entries for one sequence at a time (for several while
+    that is small), and for embeddings some of B*T x H. A head with adapters or of which the bias is
+    chosen takes a V x H gradient for each sequence. Gradient checkpointing stays as it is.
 
     Args:
         model: a causal LM of transformers, plain or PEFT-wrapped. Nothing needs ``requires_grad``.
@@ -79,8 +79,8 @@ def sequence_grad_norms(
               them are in; embeddings, norms, quantised weights and layers of other classes
               (experts in one tensor, GPT-2's Conv1D) are out.
             - names as in ``model.named_parameters()``, of weights and biases of linear layers and
-              weights of embeddings, frozen or not. For what is being trained among the linear
-              layers: ``[n for n, p in model.named_parameters() if p.requires_grad and ...]``.
+              weights of embeddings, frozen or not. Of a LoRA model, what is being trained:
+              ``[n for n, p in model.named_parameters() if p.requires_grad]``.
         backend: of the head operators of vcore_kernels.
 
     Returns:
@@ -97,6 +97,9 @@ def sequence_grad_norms(
     Source: G of GVM (arXiv 2505.02391). Norms from inputs and output gradients: Goodfellow (arXiv
     1510.01799); for sequences, the ghost norm: Li et al. (arXiv 2110.05679, section 4).
     """
+    if torch.is_inference_mode_enabled():  # its tensors cannot be saved for a backward pass
+        with torch.inference_mode(False):
+            inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     labels = supervised_labels(inputs)
     chosen = _choose(model, params)
     verify_head(model)

@@ -204,6 +204,7 @@ def test_one_pass_and_the_model_as_it_was(name, params):
     assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
     model.requires_grad_(False)
     with torch.inference_mode():
+        inputs = padded_batch(LENGTHS)
         assert torch.equal(sequence_grad_norms(model, inputs, params=params), expected)
 
 
