@@ -299,6 +299,20 @@ def test_long_text_in_little_memory():
     assert peak < 64 * 2**20
 
 
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_key_of_a_long_text_in_little_memory(packed):
+    """The same where each query sees all keys before it: memory does not grow with what is seen."""
+    tensors = make(1, 2, 1, 16384, 64, torch.bfloat16)
+    options = {"causal": True, "scale": 0.125}
+    if packed:
+        tensors = [x[0] for x in tensors]
+        options["cu_seqlens"] = torch.tensor([0, 12000, 16384], dtype=torch.int32)
+    assert _peak_above(lambda: attention_jvp(*tensors, **options)) < 64 * 2**20
+    assert last_used["attention_jvp"] == "cpp"
+
+
 def _peak_above(call):
     def resident(field):
         with open("/proc/self/status") as status:

@@ -11,4 +11,6 @@ A study is one module here and one line in ``STUDIES``. It has two settings, ``F
 
 STUDIES = {  # module in this package: what it answers, one line
     "fidelity": "How close does each estimator of the utilities come to float64?",
+    "population": "How well do affordable directions stand for the population's?",
+    "corruption": "Do token weights tell corrupted supervision from clean?",
 }

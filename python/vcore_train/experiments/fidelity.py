@@ -3,6 +3,8 @@
 import copy
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,6 @@ from vcore_train.experiments.report import Table, figure
 from vcore_train.experiments.setting import (
     Batch,
     Context,
-    Row,
     Setting,
     Start,
     adamw,
@@ -28,8 +29,27 @@ from vcore_train.experiments.setting import (
 from vcore_train.experiments.statistics import interval, pearson, spearman, within
 from vcore_train.utilities import Method, token_utilities_and_nll
 
-FULL = Setting.full()
-QUICK = Setting.quick()
+
+@dataclass(frozen=True)
+class Scale(Setting):
+    """``judged``, ``probe``: rows whose utilities are compared, rows that the direction averages.
+
+    ``other_steps``: training steps of the models of ``OTHERS``.
+    """
+
+    judged: int = 8
+    probe: int = 64
+    lora_steps: int = 10
+    other_steps: int = 40
+
+
+FULL = Scale()
+QUICK = Scale(
+    **{
+        **vars(Setting.quick()),
+        **{"judged": 6, "probe": 16, "lora_steps": 3, "other_steps": 4},
+    }
+)
 
 EPSILONS = (None, 1e-4, 1e-3, 1e-2, 1e-1)  # None: chosen by token_utilities
 PRECISIONS = ("fp32", "bf16 autocast", "bf16 weights", "LoRA over bf16")
@@ -38,10 +58,27 @@ METHODS: dict[Method, str] = {
     "central": "central difference",
     "finite_difference": "finite difference",
 }
-PUBLISHED = ("finite_difference", "bf16 autocast", 1e-4)
+ARCHITECTURES = {"qwen3": "Qwen3", "llama": "Llama", "gemma2": "Gemma 2"}
+PUBLISHED_EPSILON = 1e-4
 PLOTTED_TOKENS = 400
-PROBE_BATCHES = 4
-LORA_STEPS = 10
+
+
+class Estimator(NamedTuple):
+    method: Method
+    epsilon: float | None = None
+
+    @property
+    def published(self) -> bool:
+        return self == PUBLISHED
+
+
+PUBLISHED = Estimator("finite_difference", PUBLISHED_EPSILON)
+JVP = Estimator("jvp")
+ESTIMATORS = (
+    JVP,
+    *(Estimator("central", epsilon) for epsilon in EPSILONS),
+    *(Estimator("finite_difference", epsilon) for epsilon in EPSILONS),
+)
 
 
 class Case(NamedTuple):
@@ -50,46 +87,55 @@ class Case(NamedTuple):
     model: nn.Module
     direction: dict[str, Tensor]
     truth: Tensor
-    autocast: bool
+    autocast: bool = False
 
 
 def measure(context: Context) -> dict[str, Any]:
-    """``{"agreement": one record a seed, precision, method and epsilon, "tokens": a sample}``."""
+    """``{"agreement": records, "tokens": the utilities of some tokens of the first seed}``.
+
+    One record for each seed, architecture, precision, method and epsilon; on other architectures
+    than Qwen3 only for the derivative and the published probe.
+    """
+    scale = context.setting
+    assert isinstance(scale, Scale)
     records: list[dict[str, Any]] = []
-    sample: dict[str, list[float]] = {}
-    for seed in context.seeds:
-        start = context.start(seed)
-        rows, size = start.held_in, context.setting.batch_size
-        batch, mask = collate(rows[:size]), supervised(collate(rows[:size]))
-        cases = _cases(start, batch, rows[size : (1 + PROBE_BATCHES) * size], size, seed)
-        runs = [
-            (precision, method, epsilon)
-            for precision in PRECISIONS
-            for method in METHODS
-            for epsilon in (EPSILONS if method != "jvp" else (None,))
-        ]
-        for precision, method, epsilon in context.track(runs, f"Estimators, seed {seed}"):
+    tokens: dict[str, list[float]] = {}
+    for seed, architecture in product(context.seeds, ARCHITECTURES):
+        own = architecture == "qwen3"
+        there = context if own else context.variant(architecture=architecture)
+        start = there.start(seed, steps=None if own else scale.other_steps)
+        batch = collate(start.held_in[: scale.judged])
+        mask = supervised(batch)
+        estimators = ESTIMATORS if own else (JVP, PUBLISHED)
+        cases = _cases(start, batch, scale, seed)
+        name = f"{ARCHITECTURES[architecture]}, seed {seed}"
+        for precision, estimator in context.track(list(product(PRECISIONS, estimators)), name):
             case = cases[precision]
             with _autocast(case.autocast):
                 out = token_utilities_and_nll(
-                    case.model, batch, case.direction, method=method, epsilon=epsilon
+                    case.model,
+                    batch,
+                    case.direction,
+                    method=estimator.method,
+                    epsilon=estimator.epsilon,
                 )
             records.append(
                 {
                     "seed": seed,
+                    "architecture": architecture,
                     "precision": precision,
-                    "method": method,
-                    "epsilon": epsilon,
+                    "method": estimator.method,
+                    "epsilon": estimator.epsilon,
                     "epsilon_taken": out.epsilon,
                     **agreement(out.utility, case.truth, mask),
                 }
             )
-            if seed == 0 and precision == PUBLISHED[1]:
+            shown = {JVP: "jvp", PUBLISHED: "published"}.get(estimator)
+            if shown and own and seed == 0 and case.autocast:
                 kept = mask.nonzero()[:PLOTTED_TOKENS].unbind(1)
-                if method == "jvp" or (method, precision, epsilon) == PUBLISHED:
-                    sample[method] = out.utility[kept].tolist()
-                    sample["truth"] = case.truth[kept].tolist()
-    return {"agreement": records, "tokens": sample}
+                tokens[shown] = out.utility[kept].tolist()
+                tokens["truth"] = case.truth[kept].tolist()
+    return {"agreement": records, "tokens": tokens}
 
 
 def agreement(estimate: Tensor, truth: Tensor, mask: Tensor) -> dict[str, float]:
@@ -103,18 +149,17 @@ def agreement(estimate: Tensor, truth: Tensor, mask: Tensor) -> dict[str, float]
     return result
 
 
-def _cases(
-    start: Start, batch: Batch, probe_rows: list[Row], size: int, seed: int
-) -> dict[str, Case]:
-    def case(model: nn.Module, autocast: bool = False) -> Case:
-        probe = batches(probe_rows, size)
-        direction = descent_direction(model, probe)
-        return Case(model, direction, exact_utilities(model, batch, direction), autocast)
+def _cases(start: Start, batch: Batch, scale: Scale, seed: int) -> dict[str, Case]:
+    rows = start.held_in[scale.judged : scale.judged + scale.probe]
+
+    def case(model: nn.Module) -> Case:
+        direction = descent_direction(model, batches(rows, scale.batch_size))
+        return Case(model, direction, exact_utilities(model, batch, direction))
 
     full = case(start.model)
     adapted = with_lora(copy.deepcopy(start.model), seed=seed)
-    optimizer, order = adamw(adapted, 1e-3), endless(probe_rows, size)
-    for _ in range(LORA_STEPS):  # so that both factors of every adapter have a gradient
+    optimizer, order = adamw(adapted, 1e-3), endless(rows, scale.batch_size)
+    for _ in range(scale.lora_steps):  # so that both factors of every adapter have a gradient
         train_step(adapted, optimizer, next(order))
     return {
         "fp32": full,
@@ -150,55 +195,134 @@ def _autocast(on: bool) -> AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16) if on else nullcontext()
 
 
-def _values(result: dict[str, Any], name: str, **wanted: Any) -> list[float]:
-    """Figure ``name`` of the records with these properties, one a seed."""
+# ---- what is shown ----
+
+
+def _values(
+    result: dict[str, Any],
+    name: str,
+    estimator: Estimator,
+    precision: str,
+    architecture: str = "qwen3",
+) -> list[float]:
+    """Figure ``name``, one a seed."""
     return [
         record[name]
         for record in result["agreement"]
-        if all(record[key] == value for key, value in wanted.items())
+        if (record["method"], record["epsilon"]) == estimator
+        and record["precision"] == precision
+        and record["architecture"] == architecture
     ]
+
+
+def _label(estimator: Estimator) -> str:
+    name = METHODS[estimator.method]
+    if estimator == JVP:
+        return name
+    if estimator.epsilon is None:
+        return f"{name}, eps chosen"
+    return f"{name}, eps {estimator.epsilon:.0e}" + (" (published)" * estimator.published)
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    headings = (
-        *("precision", "estimator", "epsilon", "Pearson", "rank"),
-        *("within: Pearson", "within: rank"),
-    )
-    figures = ("pearson", "spearman", "within_pearson_median", "within_spearman_median")
-    rows = []
-    for precision in PRECISIONS:
-        for method, label in METHODS.items():
-            for epsilon in EPSILONS if method != "jvp" else (None,):
-                found = {"precision": precision, "method": method, "epsilon": epsilon}
-                published = (method, precision, epsilon) == PUBLISHED
-                rows.append(
-                    [
-                        precision,
-                        label + (" (published)" if published else ""),
-                        _epsilon(result, found),
-                        *(interval(_values(result, name, **found)).text(4) for name in figures),
-                    ]
-                )
+    def table(title: str, name: str, note: str = "") -> Table:
+        rows = [
+            [_label(e), *(interval(_values(result, name, e, p)).text(4) for p in PRECISIONS)]
+            for e in ESTIMATORS
+        ]
+        return Table(title, ("estimator", *PRECISIONS), rows, note=note)
+
+    others = [
+        [
+            ARCHITECTURES[architecture],
+            _label(e),
+            *(interval(_values(result, "pearson", e, p, architecture)).text(4) for p in PRECISIONS),
+        ]
+        for architecture in ARCHITECTURES
+        for e in (JVP, PUBLISHED)
+    ]
+    steps = [
+        [
+            _label(e),
+            *(
+                f"{min(taken):.0e} to {max(taken):.0e}"
+                for taken in (_values(result, "epsilon_taken", e, p) for p in PRECISIONS)
+            ),
+        ]
+        for e in ESTIMATORS
+        if e.epsilon is None and e != JVP
+    ]
     return [
+        table("Pearson correlation with the utility in float64, all tokens", "pearson"),
+        table("Rank correlation, all tokens", "spearman"),
+        table(
+            "Pearson correlation within a trajectory, median",
+            "within_pearson_median",
+            "The ranking within a trajectory is what the weights of VCORE are made of.",
+        ),
+        table("Rank correlation within a trajectory, median", "within_spearman_median"),
         Table(
-            "Correlation with the utility in float64",
-            headings,
-            rows,
+            "Architectures: Pearson correlation, all tokens",
+            ("model", "estimator", *PRECISIONS),
+            others,
             text=2,
-            note="within: the median over trajectories of the correlation inside each.",
-        )
+            note="Gemma 2 with soft-capped logits and scores and a sliding window in every other "
+            "layer.",
+        ),
+        Table("The steps that were chosen", ("estimator", *PRECISIONS), steps),
     ]
 
 
-def _epsilon(result: dict[str, Any], found: dict[str, Any]) -> str:
-    if found["method"] == "jvp":
-        return ""
-    if found["epsilon"] is not None:
-        return f"{found['epsilon']:.0e}"
-    taken = sorted(_values(result, "epsilon_taken", **found))
-    return f"chosen: {taken[len(taken) // 2]:.0e}"
+STYLES: dict[Method, str] = {"finite_difference": "-", "central": "--"}
+COLOURS = dict(zip(PRECISIONS, ("#8a8f98", "#c8452f", "#c98a1b", "#3b6fb6"), strict=True))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    with figure(path, size=(6, 4)) as (_, axes):
-        axes.plot(result["tokens"]["truth"], result["tokens"]["jvp"], ".")
+    """Two clouds against the truth, and how differences depend on their step."""
+    truth = result["tokens"]["truth"]
+    with figure(path, 1, 3, size=(13, 4.2), width_ratios=(1, 1, 1.25)) as (drawn, axes):
+        drawn.get_layout_engine().set(wspace=0.04)  # type: ignore[union-attr, call-arg]
+        for ax, name, title, colour in (
+            (axes[0], "published", "published: difference, eps 1e-4", "#8a8f98"),
+            (axes[1], "jvp", "here: forward-mode derivative", "#c8452f"),
+        ):
+            values = result["tokens"][name]
+            ax.axline((0, 0), slope=1, color="#555555", linestyle=":", linewidth=1.2)
+            ax.plot(truth, values, ".", color=colour, markersize=4, alpha=0.7)
+            r = pearson(torch.tensor(truth), torch.tensor(values))
+            ax.set(
+                title=f"{title}\nr = {r:.4f}",
+                xlabel="utility in float64",
+                ylabel="utility in bf16 autocast",
+            )
+        by_step = axes[2]
+        given = [epsilon for epsilon in EPSILONS if epsilon is not None]
+        for precision, colour in COLOURS.items():
+            for method, style in STYLES.items():
+                found = [
+                    interval(_values(result, "pearson", Estimator(method, eps), precision))
+                    for eps in given
+                ]
+                by_step.errorbar(
+                    given,
+                    [f.mean for f in found],
+                    [f.half for f in found],
+                    color=colour,
+                    linestyle=style,
+                    marker="o",
+                    markersize=4,
+                    capsize=2,
+                    label=precision if style == "-" else None,
+                )
+            exact = interval(_values(result, "pearson", JVP, precision))
+            by_step.plot(max(given) * 10, exact.mean, "D", color=colour, markersize=6)
+        by_step.set(
+            xscale="log",
+            ylim=(-0.3, 1.08),
+            xlabel="step of the difference",
+            ylabel="r with float64",
+            title="r against the step (dashed: central)",
+        )
+        by_step.set_xticks([*given, max(given) * 10], [*(f"{e:.0e}" for e in given), "JVP"])
+        by_step.minorticks_off()
+        by_step.legend(fontsize=8, loc="lower right")

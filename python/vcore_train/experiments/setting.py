@@ -5,13 +5,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from rich.progress import Progress
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vcore_train.arithmetic import generate_problems
 from vcore_train.collators import PaddingCollator, model_inputs
@@ -24,6 +24,15 @@ Row = dict[str, list[int]]
 Batch = dict[str, Any]
 T = TypeVar("T")
 
+SIZES = (  # of a configuration: what all architectures share
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
+)
+# Scaled down with the model, so that they matter at these lengths and widths.
+PECULIARITIES: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 32}
+}
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -34,12 +43,13 @@ class Setting:
     A seed decides initial weights and the order of the rows, not the data or the tokenizer.
     """
 
+    architecture: str = "qwen3"
     layers: int = 4
     hidden: int = 128
     heads: int = 4
-    vocab: int = 1024
-    length: int = 256
-    train_steps: int = 300
+    vocab: int = 2048
+    length: int = 192
+    train_steps: int = 160
     batch_size: int = 16
     lr: float = 3e-3
     warmup: int = 30
@@ -69,8 +79,16 @@ class Setting:
         )
         return replace(small, **changes)
 
-    def size(self) -> Size:
-        return Size(layers=self.layers, hidden=self.hidden, heads=self.heads, window=self.length)
+    def config(self) -> PretrainedConfig:
+        """Of the model: ``architecture`` is a model_type of transformers."""
+        size = Size(layers=self.layers, hidden=self.hidden, heads=self.heads, window=self.length)
+        qwen3 = size.config()
+        if self.architecture == "qwen3":
+            return qwen3
+        values = {name: getattr(qwen3, name) for name in SIZES}
+        return AutoConfig.for_model(
+            self.architecture, **values, **PECULIARITIES.get(self.architecture, {})
+        )
 
 
 @dataclass
@@ -105,7 +123,7 @@ class Context:
     data: Path | None = None
     eval_data: Path | None = None
     progress: Progress | None = None
-    _rows: "_Data | None" = None
+    _read: "dict[Any, _Data]" = field(default_factory=dict)  # shared by variants
 
     @property
     def seeds(self) -> range:
@@ -132,6 +150,10 @@ class Context:
         finally:
             self.progress.remove_task(task)
 
+    def variant(self, **changes: Any) -> "Context":
+        """The same surroundings with another setting."""
+        return replace(self, setting=replace(self.setting, **changes))
+
     def start(self, seed: int, *, steps: int | None = None) -> Start:
         """The model of ``seed`` after ``steps`` (None: the setting's), trained or from ``out``.
 
@@ -142,7 +164,7 @@ class Context:
         )
         data = self._data()
         rows = data.in_order(seed)
-        model = new_model(setting.size().config(), data.tokenizer, seed=seed).train()
+        model = new_model(setting.config(), data.tokenizer, seed=seed).train()
         optimizer = adamw(model, setting.lr)
         kept = self.out / "starts" / f"{_key(setting, seed, data.fingerprint)}.pt"
         if kept.exists():
@@ -172,9 +194,11 @@ class Context:
         )
 
     def _data(self) -> "_Data":
-        if self._rows is None:
-            self._rows = _read(self.setting, self.data, self.eval_data)
-        return self._rows
+        setting = self.setting
+        key = (setting.vocab, setting.length, setting.rows, setting.held_out)
+        if key not in self._read:
+            self._read[key] = _read(*key, self.data, self.eval_data)
+        return self._read[key]
 
 
 def adamw(model: torch.nn.Module, lr: float) -> torch.optim.AdamW:
@@ -248,7 +272,14 @@ class _Data:
         return drawn(self.rows, len(self.rows), seed)
 
 
-def _read(setting: Setting, data: Path | None, eval_data: Path | None) -> _Data:
+def _read(
+    vocab: int,
+    length: int,
+    most: int,
+    most_held_out: int,
+    data: Path | None,
+    eval_data: Path | None,
+) -> _Data:
     """Tokenised rows of ``data``, or of generated arithmetic where it is None.
 
     Without ``eval_data`` the last rows of ``data`` are held out, at most a quarter of them.
@@ -256,27 +287,27 @@ def _read(setting: Setting, data: Path | None, eval_data: Path | None) -> _Data:
     if data is None:
         if eval_data is not None:
             raise ValueError("--eval-data means nothing without --data.")
-        train = _generated(setting.rows, held_out=False)
-        held_out = _generated(setting.held_out, held_out=True)
+        train = _generated(most, held_out=False)
+        held_out = _generated(most_held_out, held_out=True)
     else:
-        train, _ = read_examples(data, limit=setting.rows)
+        train, _ = read_examples(data, limit=most)
         if eval_data is not None:
-            held_out, _ = read_examples(eval_data, limit=setting.held_out)
+            held_out, _ = read_examples(eval_data)
         elif len(train) > 1:
-            count = min(setting.held_out, max(1, len(train) // 4))
+            count = min(most_held_out, max(1, len(train) // 4))
             train, held_out = train[:-count], train[-count:]
         else:
             raise ValueError(f"{data}: one row cannot be split. Pass more rows or --eval-data.")
     texts = (text for e in train for text in (f"{plain_text(e.prompt)}\n", e.response))
-    tokenizer = train_tokenizer(texts, vocab_size=setting.vocab, window=setting.length)
+    tokenizer = train_tokenizer(texts, vocab_size=vocab, window=length)
 
     def rows(examples: list[Example]) -> list[Row]:
-        encoded = encode(examples, tokenizer, max_length=setting.length, too_long="skip").rows
+        encoded = encode(examples, tokenizer, max_length=length, too_long="skip").rows
         return [{name: row[name] for name in ("input_ids", "labels")} for row in encoded]
 
-    train_rows, held_out_rows = rows(train), rows(held_out)
-    content = json.dumps([train_rows, held_out_rows]).encode()
-    return _Data(tokenizer, train_rows, held_out_rows, hashlib.sha256(content).hexdigest())
+    train_rows = rows(train)
+    fingerprint = hashlib.sha256(json.dumps(train_rows).encode()).hexdigest()
+    return _Data(tokenizer, train_rows, rows(held_out)[:most_held_out], fingerprint)
 
 
 def _generated(count: int, *, held_out: bool) -> list[Example]:
@@ -286,6 +317,7 @@ def _generated(count: int, *, held_out: bool) -> list[Example]:
 
 def _key(setting: Setting, seed: int, fingerprint: str) -> str:
     """Names a start by all that it depends on."""
-    values = asdict(replace(setting, seeds=0, held_out=0))
+    values = {part.name: getattr(setting, part.name) for part in fields(Setting)}
+    values |= {"seeds": 0, "held_out": 0}
     text = json.dumps([values, seed, fingerprint, torch.__version__], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -123,3 +123,22 @@ def _pair(name: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             f"{name}: expected two vectors of one length, got {list(x.shape)} and {list(y.shape)}."
         )
     return x.double(), y.double()
+
+
+def roc_curve(score: Tensor, positive: Tensor, points: int = 51) -> list[tuple[float, float]]:
+    """(false, true) positive rates at ``points`` even false ones from 0 to 1.
+
+    Between thresholds the curve is a straight line, where it is vertical its upper end counts.
+    """
+    positive = positive.bool()
+    thresholds, group = torch.unique(-score.double(), sorted=True, return_inverse=True)
+    steps = torch.zeros(2, len(thresholds) + 1, dtype=torch.float64)
+    steps[0, 1:].index_add_(0, group, (~positive).double())
+    steps[1, 1:].index_add_(0, group, positive.double())
+    false, true = (row.cumsum(0) / row.sum() for row in steps)
+    grid = torch.linspace(0, 1, points, dtype=torch.float64)
+    right = torch.searchsorted(false, grid, right=True).clamp(1, len(false) - 1)
+    low, high = false[right - 1], false[right]
+    part = torch.where(high > low, (grid - low) / (high - low), 1.0)
+    rates = true[right - 1] + part.clamp(0, 1) * (true[right] - true[right - 1])
+    return list(zip(grid.tolist(), rates.tolist(), strict=True))
