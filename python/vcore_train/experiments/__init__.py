@@ -13,4 +13,5 @@ STUDIES = {  # module in this package: what it answers, one line
     "fidelity": "How close does each estimator of the utilities come to float64?",
     "population": "How well do affordable directions stand for the population's?",
     "corruption": "Do token weights tell corrupted supervision from clean?",
+    "descent": "What does one step gain from the weights, with which direction and budget?",
 }
