@@ -14,4 +14,5 @@ STUDIES = {  # module in this package: what it answers, one line
     "population": "How well do affordable directions stand for the population's?",
     "corruption": "Do token weights tell corrupted supervision from clean?",
     "descent": "What does one step gain from the weights, with which direction and budget?",
+    "run": "Does a whole run of weighted training end below plain supervision?",
 }

@@ -46,7 +46,6 @@ DIRECTIONS = {  # name: label
     "momentum": "momentum",
 }
 STEPPED = ("probe", "ema/8", "average")  # directions whose steps are taken, in every trajectory
-SHUFFLED = 0.1  # nats
 OPTIMIZERS = ("sgd", "adamw")
 SGD_LR = 0.1
 COLOURS = ("#c8452f", "#3b6fb6", "#7fb0e0", "#2a9d6f", "#c98a1b")  # one a direction
@@ -66,9 +65,9 @@ class DescentSetting(Setting):
     length: int = 192
     lr: float = 3e-3
     held_out: int = 1319
-    batches: int = 5
+    batches: int = 4
     lead: int = 50
-    spacing: int = 11
+    spacing: int = 13
     population: int = 256
     judged: int = 64
     run_lr: float = 1e-3
@@ -88,6 +87,9 @@ class Way(NamedTuple):
     preconditioned: bool = False
     kl: float = 0.0
     scope: str = ""
+
+
+SHUFFLED = Way("shuffled", "average", False, 0.1, "trajectory")
 
 
 def measure(context: Context) -> dict[str, Any]:
@@ -135,13 +137,13 @@ def _points(context: Context, seed: int) -> Iterator[dict[Way, dict[str, float]]
                 ),
                 "momentum": descent_direction(model, [], kind="momentum", optimizer=optimizer),
             }
-            yield _Point(
+            yield Point(
                 model, optimizer, reference, batch, uniform_gradient(model, population), judged
             ).figures(directions, step)
         train_step(model, optimizer, batch)
 
 
-class _Point:
+class Point:
     """A model at one step of its run, and a batch to be weighted there."""
 
     def __init__(
@@ -167,14 +169,14 @@ class _Point:
     def figures(
         self, directions: dict[str, dict[str, Tensor]], seed: int
     ) -> dict[Way, dict[str, float]]:
-        gradient = self._gradient(torch.ones_like(self.nll))
-        self.sizes = {name: norm for name, _, norm in self._steps(gradient)}
+        gradient = self.gradient(torch.ones_like(self.nll))
+        self.sizes = {name: norm for name, _, norm in self.steps(gradient)}
         ways = {Way("uniform"): self._figures(gradient, steps=True)}
         for way, weights in (
             (Way("dft"), torch.exp(-self.nll)),
             (Way("iw_sft"), self._per_token(self._means(self.shift).exp().clamp(max=16))),
         ):
-            ways[way] = self._figures(self._gradient(weights), steps=True)
+            ways[way] = self._figures(self.gradient(weights), steps=True)
         generator = torch.Generator().manual_seed(seed)
         for name, direction in directions.items():
             for preconditioned in (False, True):
@@ -186,18 +188,17 @@ class _Point:
                 utility = self.tokens.packed([token_utilities(self.model, self.batch, taken)])
                 for scope in KL_SCOPES:
                     for kl in KL_BUDGETS:
-                        weights = self._gibbs(utility, kl, scope)
+                        weights = self.gibbs(utility, kl, scope)
                         way = Way("vcore", name, preconditioned, kl, scope)
                         steps = name in STEPPED and scope == "trajectory"
-                        ways[way] = self._figures(self._gradient(weights), steps=steps)
+                        ways[way] = self._figures(self.gradient(weights), steps=steps)
                 if name == "average" and not preconditioned:
-                    weights = self._gibbs(utility, SHUFFLED, "trajectory")
+                    weights = self.gibbs(utility, SHUFFLED.kl, SHUFFLED.scope)
                     shuffled = self._shuffled(weights, generator)
-                    way = Way("shuffled", name, False, SHUFFLED, "trajectory")
-                    ways[way] = self._figures(self._gradient(shuffled), steps=True)
+                    ways[SHUFFLED] = self._figures(self.gradient(shuffled), steps=True)
         return ways
 
-    def _gibbs(self, utility: Tensor, kl: float, scope: Any) -> Tensor:
+    def gibbs(self, utility: Tensor, kl: float, scope: Any) -> Tensor:
         cu_seqlens = self.tokens.cu_seqlens
         q = gibbs_weights(utility, cu_seqlens=cu_seqlens, kl_budget=kl, kl_scope=scope).q
         return q * self._per_token(self.lengths)
@@ -213,7 +214,7 @@ class _Point:
         parts = weights.split(self.lengths.tolist())
         return torch.cat([p[torch.randperm(len(p), generator=generator)] for p in parts])
 
-    def _gradient(self, weights: Tensor) -> dict[str, Tensor]:
+    def gradient(self, weights: Tensor) -> dict[str, Tensor]:
         nll = token_nll(self.model, self.batch)
         loss = (nll * self.tokens.unpacked(weights)[0]).sum() / self.tokens.count
         gradients = torch.autograd.grad(loss, list(self.parameters.values()))
@@ -227,24 +228,25 @@ class _Point:
             ),
         }
         if steps:
-            for name, step, norm in self._steps(gradient):
+            for name, step, norm in self.steps(gradient):
                 scale = self.sizes[name] / norm
                 with perturbed(list(self.parameters.values()), step, scale):
                     found[f"drop_{name}"] = self.before - self._judge()
         return found
 
-    def _steps(self, gradient: dict[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:
+    def steps(self, gradient: dict[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:
         """The displacement, away from the gradient, of a real step of SGD and AdamW, and its norm.
 
         Neither the model nor its optimizer moves.
         """
         for name in OPTIMIZERS:
-            model, optimizer = copy.deepcopy((self.model, self.optimizer))
-            moved = trainable_parameters(model)
-            if name == "sgd":
-                optimizer = torch.optim.SGD(moved.values(), lr=SGD_LR)
+            moved = {key: p.detach().clone().requires_grad_() for key, p in self.parameters.items()}
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(moved.values(), lr=SGD_LR)
+            if name == "adamw":
+                optimizer = torch.optim.AdamW(moved.values())
+                optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
             for key, parameter in moved.items():
-                parameter.grad = gradient[key].clone()
+                parameter.grad = gradient[key]
             optimizer.step()
             step = [(p - moved[key]).detach() for key, p in self.parameters.items()]
             yield name, step, math.sqrt(sum(float(s.square().sum()) for s in step))
@@ -317,8 +319,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ("DFT", Way("dft")),
         ("iw-SFT", Way("iw_sft")),
         (
-            f"shuffled weights, KL {SHUFFLED}",
-            Way("shuffled", "average", False, SHUFFLED, "trajectory"),
+            f"shuffled weights, KL {SHUFFLED.kl}",
+            SHUFFLED,
         ),
     ]
     best = [
@@ -444,7 +446,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     )
             for label, way in (
                 ("DFT", Way("dft")),
-                ("shuffled", Way("shuffled", "average", False, SHUFFLED, "trajectory")),
+                ("shuffled", SHUFFLED),
             ):
                 value = record_of(result, way)[name]["ratio"]
                 axes.axhline(value, color="#8a8f98", linewidth=1, linestyle=":")

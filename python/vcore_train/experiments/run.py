@@ -1,0 +1,410 @@
+"""Whole training runs: held-out loss against steps for weighted and plain supervision.
+
+All arms of a seed begin at the same weights with a new optimizer and see the same batches; only
+the factor on each token's loss differs (and where said the learning rate or the number of steps).
+Directions are taken on the way, by the schedule that the trainer uses, from the data of the run.
+"""
+
+import copy
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vcore_train.config import VARIANCE_CONTROLS, VcoreConfig
+from vcore_train.direction_schedule import DirectionSchedule
+from vcore_train.experiments.corruption import corrupt
+from vcore_train.experiments.report import Table, figure
+from vcore_train.experiments.setting import (
+    Batch,
+    Context,
+    Row,
+    Setting,
+    Start,
+    batches,
+    drawn,
+    endless,
+    supervised,
+)
+from vcore_train.experiments.statistics import Interval, interval
+from vcore_train.modeling import token_nll, trainable_parameters
+from vcore_train.supervised import SupervisedTokens
+from vcore_train.utilities import token_utilities_and_nll
+from vcore_train.weighting import weigh
+
+
+@dataclass(frozen=True)
+class RunSetting(Setting):
+    """``steps`` of AdamW from the start, the learning rate warmed up and then falling to zero.
+
+    ``judged``: held-out rows of the loss and accuracy, taken every ``judged_every`` steps.
+    ``corrupted``: every so manieth row of the noisy data has ``replaced`` of its solution tokens
+    replaced. ``control_steps``: of the runs that compare variance controls.
+    """
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 2
+    length: int = 160
+    batch_size: int = 8
+    held_out: int = 1319
+    steps: int = 200
+    judged: int = 192
+    judged_every: int = 25
+    run_lr: float = 2e-3
+    corrupted: int = 2
+    replaced: float = 0.2
+    control_steps: int = 60
+    sgd_lr: float = 0.3
+
+
+FULL = RunSetting.full()
+QUICK = RunSetting.quick(
+    layers=1, batch_size=4, train_steps=6, steps=4, judged=8, judged_every=2, control_steps=3
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. ``options``: of :class:`VcoreConfig`; the library's defaults if empty."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    shuffled: bool = False  # the weights of each trajectory in a random order
+    uniform_share: float = 0.0  # of a mixture of uniform and VCORE's weights
+    lr: float = 1.0  # multiple of the setting's
+    steps: float = 1.0  # multiple of the setting's
+
+
+UNIFORM = Arm("uniform", {"method": "sft"})
+DEFAULT = Arm("VCORE, defaults")
+ARMS = {
+    "clean": (
+        UNIFORM,
+        replace(UNIFORM, name="uniform, half the learning rate", lr=0.5),
+        replace(UNIFORM, name="uniform, twice the learning rate", lr=2.0),
+        DEFAULT,
+        Arm("VCORE, KL 0.1", {"kl_budget": 0.1}),
+        Arm("VCORE, KL 0.1, preconditioned", {"kl_budget": 0.1, "direction_precondition": True}),
+        Arm("VCORE, KL 0.1, one probe", {"kl_budget": 0.1, "direction": "probe", "every": 1}),
+        Arm("VCORE, KL 0.1, momentum", {"kl_budget": 0.1, "direction": "momentum", "every": 1}),
+        Arm("shuffled, KL 0.1", {"kl_budget": 0.1}, shuffled=True),
+    ),
+    "noisy": (
+        UNIFORM,
+        DEFAULT,
+        Arm("VCORE, KL 0.1", {"kl_budget": 0.1}),
+        Arm("VCORE, KL 0.1, preconditioned", {"kl_budget": 0.1, "direction_precondition": True}),
+        Arm("DFT", {"method": "dft"}),
+    ),
+}
+OPTIMIZERS = ("sgd", "adamw")
+CONTROLS = (
+    UNIFORM,
+    *(
+        Arm(mode, {"kl_budget": 0.1, "variance_control": mode, "variance_cap": None})
+        for mode in VARIANCE_CONTROLS
+    ),
+)
+SPIKE = 2.0  # times the median norm of the run's gradients
+
+
+@dataclass
+class Trained:
+    """What one run left behind."""
+
+    steps: list[int]
+    loss: list[float]  # held out, nats a token
+    accuracy: list[float]  # held out, next-token
+    norms: list[float]  # of the gradient before clipping
+    noise: float  # half the mean squared difference of consecutive gradients
+    alpha: float
+    step_seconds: float  # of CPU time
+
+
+def train(
+    start: Start,
+    rows: Sequence[Row],
+    judged: Sequence[Batch],
+    arm: Arm,
+    setting: RunSetting,
+    *,
+    seed: int,
+    optimizer: str = "adamw",
+    steps: int,
+    judged_every: int,
+) -> Trained:
+    """Trains a copy of the start's model on ``rows`` in the order of the seed."""
+    model = copy.deepcopy(start.model)
+    parameters = list(trainable_parameters(model).values())
+    lr = arm.lr * (setting.run_lr if optimizer == "adamw" else setting.sgd_lr)
+    steps = round(arm.steps * steps)
+    trained: torch.optim.Optimizer = (
+        torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        if optimizer == "adamw"
+        else torch.optim.SGD(parameters, lr=lr)
+    )
+    weigher = _Weigher(arm, rows, setting, seed)
+    order = endless(drawn(rows, len(rows), seed), setting.batch_size)
+    result = Trained([], [], [], [], 0.0, 0.0, 0.0)
+    before: list[Tensor] | None = None
+    for step in range(steps):
+        if step % judged_every == 0:
+            _judge(model, judged, step, result)
+        for group in trained.param_groups:
+            group["lr"] = lr * min((step + 1) / 10, 1.0) * (1 - step / steps)
+        batch = next(order)
+        clock = time.process_time()
+        weights = weigher(step, model, trained, batch)
+        nll = token_nll(model, batch)
+        loss = (nll if weights is None else nll * weights).sum() / supervised(batch).sum()
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        result.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
+        trained.step()
+        result.step_seconds += (time.process_time() - clock) / steps
+        if before is not None:
+            squares = sum(
+                float((g - b).square().sum()) for g, b in zip(gradients, before, strict=True)
+            )
+            result.noise += squares / 2 / max(steps - 1, 1)
+        before = list(gradients)
+    _judge(model, judged, steps, result)
+    result.alpha = weigher.alpha / steps
+    return result
+
+
+class _Weigher:
+    """The factor on each token's loss at every step of a run, as the trainer finds it."""
+
+    def __init__(self, arm: Arm, rows: Sequence[Row], setting: RunSetting, seed: int):
+        with tempfile.TemporaryDirectory() as folder:
+            self.args = VcoreConfig(output_dir=folder, report_to="none", **arm.options)
+        self.arm, self.alpha = arm, 0.0
+        self.schedule = DirectionSchedule(self.args)
+        self.probes = endless(drawn(rows, len(rows), 1000 + seed), setting.batch_size)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self, step: int, model: Any, optimizer: torch.optim.Optimizer, batch: Batch
+    ) -> Tensor | None:
+        method = self.args.method
+        if method == "sft":
+            return None
+        if method == "dft":
+            with torch.no_grad():
+                return torch.exp(-token_nll(model, batch))
+        direction = self.schedule.direction(
+            step, model, optimizer, lambda count: (next(self.probes) for _ in range(count))
+        )
+        utility, nll, _ = token_utilities_and_nll(model, batch, direction)
+        tokens = SupervisedTokens.of([batch])
+        found = weigh(self.args, tokens, [nll], [utility])
+        self.alpha += float(found.means["alpha"])
+        weights = found.weights[0]
+        if self.arm.shuffled:
+            parts = tokens.packed([weights]).split(tokens.cu_seqlens.diff().tolist())
+            mixed = [p[torch.randperm(len(p), generator=self.generator)] for p in parts]
+            weights = tokens.unpacked(torch.cat(mixed))[0]
+        share = self.arm.uniform_share
+        return share + (1 - share) * weights
+
+
+@torch.no_grad()
+def _judge(model: Any, judged: Sequence[Batch], step: int, result: Trained) -> None:
+    nll, correct, count = 0.0, 0, 0
+    for batch in judged:
+        mask = supervised(batch)[:, 1:]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs).logits[:, :-1][mask].float()
+        targets = batch["labels"][:, 1:][mask]
+        nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        correct += int((logits.argmax(-1) == targets).sum())
+        count += len(targets)
+    result.steps.append(step)
+    result.loss.append(nll / count)
+    result.accuracy.append(correct / count)
+
+
+# ---- the study ----
+
+
+def measure(context: Context) -> dict[str, Any]:
+    """``runs``: a record for each data set, arm and seed; ``controls``: for each control."""
+    setting: Any = context.setting
+    runs: list[dict[str, Any]] = []
+    controls: list[dict[str, Any]] = []
+    for seed in context.seeds:
+        start = context.start(seed)
+        judged = batches(drawn(start.held_out, setting.judged, 0), 4 * setting.batch_size)
+        data = {"clean": start.held_in, "noisy": noisy(start, setting)}
+        todo = [(name, arm) for name in data for arm in ARMS[name]]
+        for name, arm in context.track(todo, f"Runs, seed {seed}"):
+            found = train(
+                start,
+                data[name],
+                judged,
+                arm,
+                setting,
+                seed=seed,
+                steps=setting.steps,
+                judged_every=setting.judged_every,
+            )
+            runs.append(
+                {"seed": seed, "data": name, "arm": arm.name, "alpha": found.alpha}
+                | {"steps": found.steps, "loss": found.loss, "accuracy": found.accuracy}
+                | {"step_seconds": found.step_seconds}
+            )
+        both = [(optimizer, arm) for optimizer in OPTIMIZERS for arm in CONTROLS]
+        for optimizer, arm in context.track(both, f"Variance controls, seed {seed}"):
+            found = train(
+                start,
+                data["clean"],
+                judged,
+                arm,
+                setting,
+                seed=seed,
+                optimizer=optimizer,
+                steps=setting.control_steps,
+                judged_every=setting.control_steps,
+            )
+            middle = median(found.norms)
+            controls.append(
+                {"seed": seed, "optimizer": optimizer, "arm": arm.name, "loss": found.loss[-1]}
+                | {"alpha": found.alpha, "noise": found.noise, "norm": middle}
+                | {"spikes": sum(norm > SPIKE * middle for norm in found.norms)}
+                | {"clipped": sum(norm > 1 for norm in found.norms) / len(found.norms)}
+            )
+    return {"runs": runs, "controls": controls}
+
+
+def noisy(start: Start, setting: RunSetting) -> list[Row]:
+    """The training rows, some with a part of the solution's tokens replaced at random."""
+    vocabulary = len(start.tokenizer)
+    return [
+        row if i % setting.corrupted else corrupt(row, setting.replaced, vocabulary, i)[0]
+        for i, row in enumerate(start.held_in)
+    ]
+
+
+# ---- tables and the plot ----
+
+
+def final(result: dict[str, Any], data: str, arm: str, name: str = "loss") -> list[float]:
+    """The last value of ``name`` in each seed's run."""
+    return [r[name][-1] for r in result["runs"] if (r["data"], r["arm"]) == (data, arm)]
+
+
+def gap(result: dict[str, Any], data: str, arm: str, place: int = -1) -> Interval:
+    """Held-out loss less that of uniform weights, paired by seed; below zero is better."""
+    pairs = zip(_at(result, data, arm, place), _at(result, data, UNIFORM.name, place), strict=True)
+    return interval([a - b for a, b in pairs])
+
+
+def _at(result: dict[str, Any], data: str, arm: str, place: int) -> list[float]:
+    runs = (r for r in result["runs"] if (r["data"], r["arm"]) == (data, arm))
+    return [r["loss"][place] for r in runs]
+
+
+def _arms(result: dict[str, Any], data: str) -> list[str]:
+    return list(dict.fromkeys(r["arm"] for r in result["runs"] if r["data"] == data))
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    found = []
+    for data, title in TITLES.items():
+        rows = []
+        for arm in _arms(result, data):
+            seconds = [
+                r["step_seconds"] for r in result["runs"] if (r["data"], r["arm"]) == (data, arm)
+            ]
+            base = [
+                r["step_seconds"]
+                for r in result["runs"]
+                if (r["data"], r["arm"]) == (data, UNIFORM.name)
+            ]
+            accuracy = interval(final(result, data, arm, "accuracy"))
+            rows.append(
+                [
+                    arm,
+                    interval(final(result, data, arm)).text(4),
+                    "" if arm == UNIFORM.name else _signed(gap(result, data, arm)),
+                    f"{100 * accuracy.mean:.2f}",
+                    f"{sum(seconds) / sum(base):.2f}",
+                ]
+            )
+        headings = ("weights", "held-out loss", "minus uniform", "next token, %", "step time")
+        found.append(Table(title, headings, rows, note="Differences are paired by seed."))
+    rows = []
+    for optimizer in OPTIMIZERS:
+        for arm in CONTROLS:
+            own = [
+                r for r in result["controls"] if (r["optimizer"], r["arm"]) == (optimizer, arm.name)
+            ]
+            cells = [
+                interval([r[name] for r in own]).text(digits)
+                for name, digits in (
+                    *(("alpha", 2), ("norm", 2), ("noise", 3)),
+                    *(("spikes", 1), ("clipped", 2), ("loss", 4)),
+                )
+            ]
+            rows.append([optimizer, arm.name, *cells])
+    headings = (
+        *("optimizer", "variance control", "alpha", "gradient norm", "gradient variance"),
+        *("spikes", "share clipped", "held-out loss"),
+    )
+    note = (
+        "VCORE with KL 0.1, no cap on alpha. Norm: the median before clipping at 1. Variance: "
+        "half the mean squared difference of consecutive gradients. Spikes: steps whose norm is "
+        f"above {SPIKE:g} times the median."
+    )
+    return [*found, Table("Variance controls", headings, rows, text=2, note=note)]
+
+
+def _signed(value: Interval) -> str:
+    return ("+" if value.mean > 0 else "") + value.text(4)
+
+
+TITLES = {
+    "clean": "Clean data, AdamW",
+    "noisy": "Half the solutions with 20% of their tokens replaced, AdamW",
+}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    with figure(path, 1, 2, size=(11, 5), sharey=True) as (drawn_on, grid):
+        names = list(dict.fromkeys(r["arm"] for r in result["runs"]))
+        for axes, (data, title) in zip(grid, TITLES.items(), strict=True):
+            for arm in _arms(result, data):
+                run = next(r for r in result["runs"] if (r["data"], r["arm"]) == (data, arm))
+                gaps = [gap(result, data, arm, place) for place in range(len(run["steps"]))]
+                colour = COLOURS[names.index(arm) % len(COLOURS)]
+                axes.plot(run["steps"], [g.mean for g in gaps], color=colour, label=arm)
+                if gaps[-1].n > 1:
+                    axes.fill_between(
+                        run["steps"],
+                        [g.low for g in gaps],
+                        [g.high for g in gaps],
+                        color=colour,
+                        alpha=0.12,
+                        linewidth=0,
+                    )
+            axes.set(title=title, xlabel="optimizer step")
+        grid[0].set_ylabel("held-out loss minus uniform's (nats a token)\nbelow 0 is better")
+        handles: dict[str, Any] = {}
+        for axes in grid:
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        drawn_on.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+
+
+COLOURS = (
+    *("#333333", "#8a8f98", "#c3c7cd", "#c8452f", "#e58f7f"),
+    *("#3b6fb6", "#2a9d6f", "#c98a1b", "#8d5fb0", "#5bb8c4"),
+)

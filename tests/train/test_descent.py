@@ -1,0 +1,80 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from vcore_train.cli import main
+from vcore_train.directions import uniform_gradient
+from vcore_train.experiments import descent
+from vcore_train.experiments.descent import QUICK, Way
+from vcore_train.experiments.setting import Context, batches
+
+SMALL = replace(QUICK, seeds=1, train_steps=40, rows=600, population=48, held_out=64, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return Context(SMALL, tmp_path_factory.mktemp("start")).start(0)
+
+
+@pytest.fixture
+def point(start):
+    population = uniform_gradient(start.model, batches(start.held_out[:48], 16))
+    batch = batches(start.unseen[:8], 8)[0]
+    judged = batches(start.held_out[48:], 16)
+    return descent.Point(start.model, start.optimizer, start.model, batch, population, judged)
+
+
+def test_a_ratio_of_means_and_its_interval():
+    ratio, half = descent._ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (ratio, half) == (2, pytest.approx(0, abs=1e-12))
+    ratio, half = descent._ratio([1.0, 3.0], [1.0, 1.0])
+    assert ratio == 2
+    assert half == pytest.approx(12.7062, rel=1e-4)  # t of one degree times the standard error, 1
+
+
+def test_uniform_weights_are_the_batch_gradient(start, point):
+    gradient = point.gradient(torch.ones_like(point.nll))
+    expected = uniform_gradient(start.model, point.batch)
+    for name, g in gradient.items():
+        torch.testing.assert_close(g, expected[name], rtol=1e-4, atol=1e-7)
+    # No budget, no weights.
+    utility = torch.randn(len(point.nll), generator=torch.Generator().manual_seed(0))
+    assert point.gibbs(utility, 0.0, "trajectory").tolist() == [1.0] * len(point.nll)
+
+
+def test_the_averaged_direction_beats_shuffled_weights(start, point):
+    before = {name: p.detach().clone() for name, p in start.model.named_parameters()}
+    moments = [s["exp_avg"].clone() for s in start.optimizer.state.values()]
+    average = uniform_gradient(start.model, batches(start.unseen[8:72], 16))
+    found = point.figures({"average": average}, seed=0)
+    uniform, shuffled = found[Way("uniform")], found[descent.SHUFFLED]
+    own = found[Way("vcore", "average", False, 0.02, "trajectory")]
+    assert own["cosine"] > uniform["cosine"] > shuffled["cosine"]
+    assert own["drop_sgd"] > 0
+    assert all(map(math.isfinite, own.values()))
+    # Measuring leaves the run as it was.
+    assert all(torch.equal(p, before[name]) for name, p in start.model.named_parameters())
+    after = [s["exp_avg"] for s in start.optimizer.state.values()]
+    assert all(map(torch.equal, moments, after))
+
+
+def test_steps_of_equal_norm(point):
+    """The displacements are those of the two optimizers, scaled to the uniform step's length."""
+    gradient = point.gradient(torch.ones_like(point.nll))
+    for name, step, norm in point.steps(gradient):
+        if name == "sgd":
+            expected = [descent.SGD_LR * g for g in gradient.values()]
+            for s, e in zip(step, expected, strict=True):
+                torch.testing.assert_close(s, e, rtol=1e-3, atol=1e-6)
+        assert norm == pytest.approx(math.sqrt(sum(float(s.square().sum()) for s in step)))
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(descent, "QUICK", replace(QUICK, batches=1, lead=2, seeds=2))
+    monkeypatch.setattr(descent, "KL_BUDGETS", (0.02, 0.1))
+    monkeypatch.setattr(descent, "STEPPED", ("average",))
+    out = tmp_path / "out"
+    main(["experiment", "descent", "--quick", "--threads", "1", "--out", str(out)])
+    assert "multiple of uniform's" in (out / "descent.md").read_text(encoding="utf-8")
+    assert (out / "descent.png").stat().st_size > 10_000
