@@ -194,8 +194,8 @@ class Point:
                         ways[way] = self._figures(self.gradient(weights), steps=steps)
                 if name == "average" and not preconditioned:
                     weights = self.gibbs(utility, SHUFFLED.kl, SHUFFLED.scope)
-                    shuffled = self._shuffled(weights, generator)
-                    ways[SHUFFLED] = self._figures(self.gradient(shuffled), steps=True)
+                    gradient = self.gradient(self.shuffled(weights, generator))
+                    ways[SHUFFLED] = self._figures(gradient, steps=True)
         return ways
 
     def gibbs(self, utility: Tensor, kl: float, scope: Any) -> Tensor:
@@ -209,7 +209,7 @@ class Point:
     def _means(self, values: Tensor) -> Tensor:
         return torch.stack([part.mean() for part in values.split(self.lengths.tolist())])
 
-    def _shuffled(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+    def shuffled(self, weights: Tensor, generator: torch.Generator) -> Tensor:
         """The same weights in a random order within each trajectory."""
         parts = weights.split(self.lengths.tolist())
         return torch.cat([p[torch.randperm(len(p), generator=generator)] for p in parts])
@@ -222,8 +222,8 @@ class Point:
 
     def _figures(self, gradient: dict[str, Tensor], *, steps: bool) -> dict[str, float]:
         found = {
-            "cosine": _cosine(gradient, self.population),
-            "preconditioned_cosine": _cosine(
+            "cosine": cosine(gradient, self.population),
+            "preconditioned_cosine": cosine(
                 *({n: g * self.rates[n] for n, g in d.items()} for d in (gradient, self.population))
             ),
         }
@@ -266,7 +266,7 @@ def _rate(optimizer: torch.optim.AdamW, parameter: nn.Parameter) -> Tensor:
     return torch.where(square == 0, 0.0, 1 / root)
 
 
-def _cosine(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
+def cosine(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
     product = sum(float((x[name] * y[name]).sum()) for name in x)
     norms = [math.sqrt(sum(float(g.square().sum()) for g in d.values())) for d in (x, y)]
     return product / math.prod(norms) if math.prod(norms) > 0 else math.nan

@@ -1,7 +1,7 @@
 """Whole training runs: held-out loss against steps for weighted and plain supervision.
 
 All arms of a seed begin at the same weights with a new optimizer and see the same batches; only
-the factor on each token's loss differs (and where said the learning rate or the number of steps).
+the factor on each token's loss differs (and where said the learning rate).
 Directions are taken on the way, by the schedule that the trainer uses, from the data of the run.
 """
 
@@ -55,12 +55,12 @@ class RunSetting(Setting):
     batch_size: int = 8
     held_out: int = 1319
     steps: int = 200
-    judged: int = 192
-    judged_every: int = 25
+    judged: int = 160
+    judged_every: int = 40
     run_lr: float = 2e-3
     corrupted: int = 2
     replaced: float = 0.2
-    control_steps: int = 60
+    control_steps: int = 50
     sgd_lr: float = 0.3
 
 
@@ -79,28 +79,32 @@ class Arm:
     shuffled: bool = False  # the weights of each trajectory in a random order
     uniform_share: float = 0.0  # of a mixture of uniform and VCORE's weights
     lr: float = 1.0  # multiple of the setting's
-    steps: float = 1.0  # multiple of the setting's
+    falling: bool = False  # the budget, with the square of the learning rate
 
 
 UNIFORM = Arm("uniform", {"method": "sft"})
-DEFAULT = Arm("VCORE, defaults")
+EMA = {"direction": "ema", "every": 4}
 ARMS = {
     "clean": (
         UNIFORM,
-        replace(UNIFORM, name="uniform, half the learning rate", lr=0.5),
         replace(UNIFORM, name="uniform, twice the learning rate", lr=2.0),
-        DEFAULT,
-        Arm("VCORE, KL 0.1", {"kl_budget": 0.1}),
-        Arm("VCORE, KL 0.1, preconditioned", {"kl_budget": 0.1, "direction_precondition": True}),
-        Arm("VCORE, KL 0.1, one probe", {"kl_budget": 0.1, "direction": "probe", "every": 1}),
-        Arm("VCORE, KL 0.1, momentum", {"kl_budget": 0.1, "direction": "momentum", "every": 1}),
-        Arm("shuffled, KL 0.1", {"kl_budget": 0.1}, shuffled=True),
+        Arm("EMA, KL 0.1", {**EMA, "kl_budget": 0.1}),
+        Arm("EMA, KL 0.02", {**EMA, "kl_budget": 0.02}),
+        Arm("EMA, KL 0.005", {**EMA, "kl_budget": 0.005}),
+        Arm(
+            "EMA preconditioned, KL 0.02",
+            {**EMA, "kl_budget": 0.02, "direction_precondition": True},
+        ),
+        Arm("fresh probe, KL 0.02", {"direction": "probe", "every": 1, "kl_budget": 0.02}),
+        Arm("EMA, KL 0.02 falling to 0", {**EMA, "kl_budget": 0.02}, falling=True),
+        Arm("momentum, KL 0.02", {"direction": "momentum", "every": 1, "kl_budget": 0.02}),
+        Arm("shuffled, KL 0.02", {**EMA, "kl_budget": 0.02}, shuffled=True),
     ),
     "noisy": (
         UNIFORM,
-        DEFAULT,
-        Arm("VCORE, KL 0.1", {"kl_budget": 0.1}),
-        Arm("VCORE, KL 0.1, preconditioned", {"kl_budget": 0.1, "direction_precondition": True}),
+        Arm("EMA, KL 0.02", {**EMA, "kl_budget": 0.02}),
+        Arm("EMA, KL 0.005", {**EMA, "kl_budget": 0.005}),
+        Arm("fresh probe, KL 0.02", {"direction": "probe", "every": 1, "kl_budget": 0.02}),
         Arm("DFT", {"method": "dft"}),
     ),
 }
@@ -108,7 +112,7 @@ OPTIMIZERS = ("sgd", "adamw")
 CONTROLS = (
     UNIFORM,
     *(
-        Arm(mode, {"kl_budget": 0.1, "variance_control": mode, "variance_cap": None})
+        Arm(mode, {**EMA, "kl_budget": 0.1, "variance_control": mode, "variance_cap": None})
         for mode in VARIANCE_CONTROLS
     ),
 )
@@ -144,7 +148,6 @@ def train(
     model = copy.deepcopy(start.model)
     parameters = list(trainable_parameters(model).values())
     lr = arm.lr * (setting.run_lr if optimizer == "adamw" else setting.sgd_lr)
-    steps = round(arm.steps * steps)
     trained: torch.optim.Optimizer = (
         torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
         if optimizer == "adamw"
@@ -161,7 +164,7 @@ def train(
             group["lr"] = lr * min((step + 1) / 10, 1.0) * (1 - step / steps)
         batch = next(order)
         clock = time.process_time()
-        weights = weigher(step, model, trained, batch)
+        weights = weigher(step, 1 - step / steps, model, trained, batch)
         nll = token_nll(model, batch)
         loss = (nll if weights is None else nll * weights).sum() / supervised(batch).sum()
         gradients = torch.autograd.grad(loss, parameters)
@@ -193,8 +196,9 @@ class _Weigher:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(
-        self, step: int, model: Any, optimizer: torch.optim.Optimizer, batch: Batch
+        self, step: int, left: float, model: Any, optimizer: torch.optim.Optimizer, batch: Batch
     ) -> Tensor | None:
+        """Like the labels; None is uniform. ``left``: the part of the run that is still to come."""
         method = self.args.method
         if method == "sft":
             return None
@@ -206,6 +210,8 @@ class _Weigher:
         )
         utility, nll, _ = token_utilities_and_nll(model, batch, direction)
         tokens = SupervisedTokens.of([batch])
+        if self.arm.falling:
+            self.args.kl_budget = self.arm.options["kl_budget"] * left**2
         found = weigh(self.args, tokens, [nll], [utility])
         self.alpha += float(found.means["alpha"])
         weights = found.weights[0]
@@ -238,51 +244,74 @@ def _judge(model: Any, judged: Sequence[Batch], step: int, result: Trained) -> N
 
 def measure(context: Context) -> dict[str, Any]:
     """``runs``: a record for each data set, arm and seed; ``controls``: for each control."""
-    setting: Any = context.setting
     runs: list[dict[str, Any]] = []
     controls: list[dict[str, Any]] = []
     for seed in context.seeds:
         start = context.start(seed)
-        judged = batches(drawn(start.held_out, setting.judged, 0), 4 * setting.batch_size)
-        data = {"clean": start.held_in, "noisy": noisy(start, setting)}
-        todo = [(name, arm) for name in data for arm in ARMS[name]]
+        todo = [(name, arm) for name, arms in ARMS.items() for arm in arms]
         for name, arm in context.track(todo, f"Runs, seed {seed}"):
-            found = train(
-                start,
-                data[name],
-                judged,
-                arm,
-                setting,
-                seed=seed,
-                steps=setting.steps,
-                judged_every=setting.judged_every,
-            )
-            runs.append(
-                {"seed": seed, "data": name, "arm": arm.name, "alpha": found.alpha}
-                | {"steps": found.steps, "loss": found.loss, "accuracy": found.accuracy}
-                | {"step_seconds": found.step_seconds}
-            )
+            runs.append(run_record(start, context.setting, seed, name, arm))
         both = [(optimizer, arm) for optimizer in OPTIMIZERS for arm in CONTROLS]
         for optimizer, arm in context.track(both, f"Variance controls, seed {seed}"):
-            found = train(
-                start,
-                data["clean"],
-                judged,
-                arm,
-                setting,
-                seed=seed,
-                optimizer=optimizer,
-                steps=setting.control_steps,
-                judged_every=setting.control_steps,
-            )
-            middle = median(found.norms)
-            controls.append(
-                {"seed": seed, "optimizer": optimizer, "arm": arm.name, "loss": found.loss[-1]}
-                | {"alpha": found.alpha, "noise": found.noise, "norm": middle}
-                | {"spikes": sum(norm > SPIKE * middle for norm in found.norms)}
-                | {"clipped": sum(norm > 1 for norm in found.norms) / len(found.norms)}
-            )
+            controls.append(control_record(start, context.setting, seed, optimizer, arm))
     return {"runs": runs, "controls": controls}
+
+
+def run_record(start: Start, setting: Any, seed: int, data: str, arm: Arm) -> dict[str, Any]:
+    """Held-out loss and accuracy along one run on the ``"clean"`` or ``"noisy"`` rows."""
+    found = train(
+        start,
+        start.held_in if data == "clean" else noisy(start, setting),
+        _judged(start, setting),
+        arm,
+        setting,
+        seed=seed,
+        steps=setting.steps,
+        judged_every=setting.judged_every,
+    )
+    return {
+        "seed": seed,
+        "data": data,
+        "arm": arm.name,
+        "alpha": found.alpha,
+        "steps": found.steps,
+        "loss": found.loss,
+        "accuracy": found.accuracy,
+        "step_seconds": found.step_seconds,
+    }
+
+
+def control_record(
+    start: Start, setting: Any, seed: int, optimizer: str, arm: Arm
+) -> dict[str, Any]:
+    """Gradient norms along one short run on the clean rows."""
+    found = train(
+        start,
+        start.held_in,
+        _judged(start, setting),
+        arm,
+        setting,
+        seed=seed,
+        optimizer=optimizer,
+        steps=setting.control_steps,
+        judged_every=setting.control_steps,
+    )
+    middle = median(found.norms)
+    return {
+        "seed": seed,
+        "optimizer": optimizer,
+        "arm": arm.name,
+        "loss": found.loss[-1],
+        "alpha": found.alpha,
+        "noise": found.noise,
+        "norm": middle,
+        "spikes": sum(norm > SPIKE * middle for norm in found.norms),
+        "clipped": sum(norm > 1 for norm in found.norms) / len(found.norms),
+    }
+
+
+def _judged(start: Start, setting: Any) -> list[Batch]:
+    return batches(drawn(start.held_out, setting.judged, 0), 4 * setting.batch_size)
 
 
 def noisy(start: Start, setting: RunSetting) -> list[Row]:
@@ -344,9 +373,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
         found.append(Table(title, headings, rows, note="Differences are paired by seed."))
     rows = []
     for optimizer in OPTIMIZERS:
-        for arm in CONTROLS:
+        for control in CONTROLS:
             own = [
-                r for r in result["controls"] if (r["optimizer"], r["arm"]) == (optimizer, arm.name)
+                r
+                for r in result["controls"]
+                if (r["optimizer"], r["arm"]) == (optimizer, control.name)
             ]
             cells = [
                 interval([r[name] for r in own]).text(digits)
@@ -355,8 +386,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
                     *(("spikes", 1), ("clipped", 2), ("loss", 4)),
                 )
             ]
-            rows.append([optimizer, arm.name, *cells])
-    headings = (
+            rows.append([optimizer, control.name, *cells])
+    columns = (
         *("optimizer", "variance control", "alpha", "gradient norm", "gradient variance"),
         *("spikes", "share clipped", "held-out loss"),
     )
@@ -365,7 +396,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         "half the mean squared difference of consecutive gradients. Spikes: steps whose norm is "
         f"above {SPIKE:g} times the median."
     )
-    return [*found, Table("Variance controls", headings, rows, text=2, note=note)]
+    return [*found, Table("Variance controls", columns, rows, text=2, note=note)]
 
 
 def _signed(value: Interval) -> str:
