@@ -31,16 +31,23 @@ def clip_direction(direction: Direction, max_norm: float | None) -> Direction:
     return direction
 
 
-def check_finite(direction: Mapping[str, Tensor]) -> None:
-    """Raises NonFiniteDirectionError where ``direction`` holds NaN or infinity, with the count."""
-    if math.isfinite(norm_of(direction.values())):
-        return
+def check_finite(direction: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest magnitude in each tensor of ``direction``; one synchronisation.
+
+    Raises NonFiniteDirectionError where it holds NaN or infinity, with the count.
+    """
+    largest = [
+        torch.linalg.vector_norm(g, math.inf) if g.numel() else g.new_zeros(())
+        for g in direction.values()
+    ]
+    values = torch.stack([v.to(largest[0].device, torch.float64) for v in largest]).tolist()
+    if all(map(math.isfinite, values)):
+        return dict(zip(direction, values, strict=True))
     counts = {name: int((~g.isfinite()).sum()) for name, g in direction.items()}
     bad = [f"{name} ({count})" for name, count in counts.items() if count]
-    if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise NonFiniteDirectionError(
-            f"{sum(counts.values())} entries of the direction are NaN or infinite, in "
-            f"{', '.join(bad[:5])}{more}. The loss it was made from was not finite: lower the "
-            "learning rate, or train in bf16 rather than fp16."
-        )
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    raise NonFiniteDirectionError(
+        f"{sum(counts.values())} entries of the direction are NaN or infinite, in "
+        f"{', '.join(bad[:5])}{more}. The loss it was made from was not finite: lower the "
+        "learning rate, or train in bf16 rather than fp16."
+    )

@@ -224,10 +224,7 @@ def _verify_gated(module: Any) -> str | None:
 def _gated(module: Any, activation: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs:
         return _own(module, x, *args, **kwargs)
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    if not (dual_ops.has_tangent(gate) or dual_ops.has_tangent(up)):
-        return module.down_proj(module.act_fn(gate) * up)
-    return module.down_proj(dual_ops.gated(gate, up, activation))
+    return module.down_proj(dual_ops.gated(module.gate_proj(x), module.up_proj(x), activation))
 
 
 _GATED = _Kind(_verify_gated, _gated)

@@ -100,6 +100,8 @@ def plain_rms_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Tensor:
     """:func:`plain_rms_norm` of duals; x [..., H], weight [H]."""
     (x, dx), (weight, dweight) = _unpacked(x), _unpacked(weight)
+    if dx is None and dweight is None:
+        return plain_rms_norm(x, weight, eps, offset, dtype)
     y, dy = rms_norm_jvp(
         x.detach(), weight.detach(), dx, dweight, eps=eps, offset=offset, out_dtype=dtype
     )
@@ -111,6 +113,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, dtype: torch.
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``f(gate) * up``, ``activation`` one of :data:`ACTIVATIONS`."""
     (gate, dgate), (up, dup) = _unpacked(gate), _unpacked(up)
+    if dgate is None and dup is None:
+        return ACTIVATIONS[activation](gate) * up
     y, dy = gated_jvp(gate.detach(), up.detach(), dgate, dup, activation=activation)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         y = ACTIVATIONS[activation](gate) * up

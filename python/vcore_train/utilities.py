@@ -141,6 +141,7 @@ class Probed(NamedTuple):
 
     parameter: nn.Parameter
     direction: Tensor
+    moves: bool  # the direction is not zero
 
 
 def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[str, Probed]:
@@ -189,9 +190,9 @@ def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[s
                 f"token_utilities: {twin} and {name} are one tied parameter. Pass it once, with "
                 "the sum of the gradients of both uses."
             )
-    check_finite(direction)
+    largest = check_finite(direction)
     return {
-        name: Probed(parameters[name], g.detach().to(parameters[name].device))
+        name: Probed(parameters[name], g.detach().to(parameters[name].device), largest[name] > 0)
         for name, g in direction.items()
     }
 
@@ -264,6 +265,7 @@ def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
                 _scaled(p.direction, scale).to(p.parameter.dtype),
             )
             for name, p in probed.items()
+            if p.moves
         }
         with _explained(model), _PlainTangents() if graph else _NoLostTangents():
             hidden, head = functional_call(both, duals, (inputs,))
@@ -313,11 +315,7 @@ def _scaled(direction: Tensor, scale: float) -> Tensor:
 def _check_only_head(model: nn.Module, probed: Mapping[str, Probed]) -> None:
     """Raises where a parameter moves that should have moved the hidden states, and they did not."""
     of_head = set(causal_lm(model).get_output_embeddings().parameters())
-    lost = [
-        name
-        for name, p in probed.items()
-        if p.parameter not in of_head and bool(p.direction.count_nonzero())
-    ]
+    lost = [name for name, p in probed.items() if p.moves and p.parameter not in of_head]
     if lost:
         raise ForwardDerivativeError(
             f"token_utilities: {_some(lost)} have a direction, but the decoder's hidden states "
