@@ -191,7 +191,7 @@ def fail(module, args):
 
 
 def dual_calls(model, direction, monkeypatch):
-    """Layers of dual_ops that had a tangent in the pass, and the decoder layers that saw a tangent."""
+    """Calls of dual_ops with a tangent in the pass, and the decoder layers that gave one out."""
     calls, layers = [], set()
     for name in ("linear", "low_rank_update", "rms_norm", "gated"):
         own = getattr(dual_ops, name)
