@@ -6,51 +6,13 @@ Every subject runs once in each round, in turn, so that a busy machine slows all
 "ratio" is the median over the rounds of its time over that of the first subject in the same round.
 """
 
-import statistics
-import time
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 
+from benchmarks.measure import compare
 from vcore_kernels import attention_jvp
-
-ROUNDS = 7
-
-
-def compare(benchmark, capsys, title: str, subjects: dict[str, Callable]) -> None:
-    """Times the subjects in turn and prints what each costs in units of the first."""
-    rounds: list[dict[str, float]] = []
-
-    def one_round():
-        times = {}
-        for name, call in subjects.items():
-            start = time.perf_counter()
-            call()
-            times[name] = time.perf_counter() - start
-        rounds.append(times)
-
-    benchmark.pedantic(one_round, rounds=ROUNDS, iterations=1, warmup_rounds=1)
-    del rounds[0]
-    unit = next(iter(subjects))
-    lines = [f"{title}, {torch.get_num_threads()} threads"]
-    for name in subjects:
-        ratios = sorted(r[name] / r[unit] for r in rounds)
-        row = {
-            "ms": 1e3 * statistics.median(r[name] for r in rounds),
-            "ratio": statistics.median(ratios),
-            "ratio, extremes": (ratios[0], ratios[-1]),
-            "ratio of the fastest": min(r[name] for r in rounds) / min(r[unit] for r in rounds),
-        }
-        benchmark.extra_info[name] = row
-        lines.append(
-            f"  {name:36s} {row['ms']:8.1f} ms   ratio {row['ratio']:.2f} ({ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f}), of the fastest {row['ratio of the fastest']:.2f}"
-        )
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
 
 
 @pytest.mark.parametrize(("batch", "length"), [(4, 128), (4, 512), (1, 2048)], ids=str)

@@ -180,3 +180,45 @@ def timed_figure(figure: Figure, times: Times | None) -> Figure:
     if times is not None:
         figure.ms, figure.ms_quartiles, figure.units = times.median, times.quartiles, times.units
     return figure
+
+
+# ---- with pytest-benchmark, on a CPU ----
+
+ROUNDS = 7
+
+
+def compare(
+    benchmark: Any, capsys: Any, title: str, subjects: Mapping[str, Call], rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Times the subjects in turn and prints what each costs in units of the first.
+
+    Every subject runs once in each round, so that a busy machine slows all of them alike. Returns
+    the median over the rounds of each one's time over that of the first in the same round.
+    """
+    from vcore_train.experiments.measuring import one_round
+
+    seconds: list[dict[str, float]] = []
+    benchmark.pedantic(
+        lambda: seconds.append(one_round(subjects)), rounds=rounds, iterations=1, warmup_rounds=1
+    )
+    del seconds[0]
+    unit = next(iter(subjects))
+    lines = [f"{title}, {torch.get_num_threads()} threads"]
+    medians = {}
+    for name in subjects:
+        ratios = sorted(r[name] / r[unit] for r in seconds)
+        medians[name] = statistics.median(ratios)
+        row = {
+            "ms": 1e3 * statistics.median(r[name] for r in seconds),
+            "ratio": medians[name],
+            "ratio, extremes": (ratios[0], ratios[-1]),
+            "ratio of the fastest": min(r[name] for r in seconds) / min(r[unit] for r in seconds),
+        }
+        benchmark.extra_info[name] = row
+        lines.append(
+            f"  {name:36s} {row['ms']:8.1f} ms   ratio {row['ratio']:.2f} ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}), of the fastest {row['ratio of the fastest']:.2f}"
+        )
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    return medians

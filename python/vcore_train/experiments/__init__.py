@@ -7,6 +7,8 @@ A study is one module here and one line in ``STUDIES``. It has two settings, ``F
   the trained models, the data and the progress bars;
 * ``tables(result) -> list[Table]``: what of it a reader looks at (:mod:`~.report`);
 * ``plot(result, path)``: the same at a glance, as PNG.
+
+A study on other data than the shared rows says so in ``DATA``.
 """
 
 STUDIES = {  # module in this package: what it answers, one line
@@ -15,4 +17,5 @@ STUDIES = {  # module in this package: what it answers, one line
     "corruption": "Do token weights tell corrupted supervision from clean?",
     "descent": "What does one step gain from the weights, with which direction and budget?",
     "run": "Does a whole run of weighted training end below plain supervision?",
+    "cost": "What does a step cost in time and memory, in units of plain supervision?",
 }

@@ -68,7 +68,7 @@ def run_study(name: str, options: StudyOptions, console: Console) -> dict[str, A
         options.out,
         command=options.command(name),
         setting=asdict(setting),
-        data=options.data.name if options.data else "generated arithmetic",
+        data=options.data.name if options.data else getattr(study, "DATA", "generated arithmetic"),
         seconds=time.perf_counter() - wall,
         cpu_seconds=time.process_time() - cpu,
     )
