@@ -169,7 +169,7 @@ class Steps:
 
 def make_steps(setting: Setting, *, lora: bool, seed: int = 0) -> Steps:
     """A bf16 Qwen3 of random weights, adapters of rank 8 on all linear layers or none."""
-    config = setting.size().config()
+    config = setting.config()
     config.vocab_size = setting.vocab
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

@@ -1,5 +1,6 @@
 """Time and memory of calls on a CPU, measured so that a busy machine changes little."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     From the profiler's record of PyTorch's CPU allocator: every tensor, those inside the compiled
     kernels too, but not what other allocators hand out (Python objects, a BLAS's own workspace).
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of every start and stop otherwise
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     assert record.profiler is not None
