@@ -64,6 +64,7 @@ VCORE = {
     "VCORE, average of many": Estimator("averaged"),
     "VCORE, running average": Estimator("ema"),
     "VCORE, one probe": Estimator("probe"),
+    "VCORE, average of many clean rows": Estimator("clean"),
     "VCORE, Adam's momentum": Estimator("momentum"),
     "VCORE, Adam's step": Estimator("adam"),
     "one probe, JVP in bf16": Estimator("probe", autocast=True),
@@ -77,7 +78,7 @@ VCORE = {
 }
 OTHERS = ("DFT", "iw-SFT, token level", "the loss itself")
 CURVES = (
-    *("VCORE, average of many", "VCORE, one probe"),
+    *("VCORE, average of many clean rows", "VCORE, one probe"),
     *("one probe, difference in bf16, eps 1e-4 (published)", "DFT", "iw-SFT, token level"),
 )
 
@@ -116,7 +117,8 @@ def measure(context: Context) -> dict[str, Any]:
 
     From the start, a few steps of plain supervision on data corrupted in the same way give iw-SFT
     something to compare with its reference (the start) and the running average its state. Then
-    fresh corrupted trajectories are weighed. Probes are drawn from corrupted data too.
+    fresh corrupted trajectories are weighed. Probes are drawn from corrupted data too, but for one
+    direction, which is what a trusted set of clean rows would give.
     """
     scale = context.setting
     assert isinstance(scale, Scale)
@@ -134,6 +136,7 @@ def measure(context: Context) -> dict[str, Any]:
             for place, row in enumerate(start.held_in)
         ]
         judged, rest = mixed[: scale.judged], [row for row, _ in mixed[scale.judged :]]
+        clean_rows = start.held_in[scale.judged :]
         ema = EmaDirection(VcoreConfig.ema_decay)
         for step in context.track(range(scale.followed), f"Training on, seed {seed}"):
             fresh = drawn(rest, scale.batch_size + CHUNK, 31 * seed + step)
@@ -143,6 +146,9 @@ def measure(context: Context) -> dict[str, Any]:
             "probe": descent_direction(start.model, collate(drawn(rest, CHUNK, seed))),
             "averaged": descent_direction(
                 start.model, batches(drawn(rest, scale.averaged, 100 + seed), CHUNK)
+            ),
+            "clean": descent_direction(
+                start.model, batches(drawn(clean_rows, scale.averaged, 100 + seed), CHUNK)
             ),
             "ema": ema.direction(),
             "momentum": descent_direction(
@@ -264,38 +270,34 @@ def tables(result: dict[str, Any]) -> list[Table]:
     ]
 
 
+FOUND, DIFFERENCE, OTHER = "#c8452f", "#8a8f98", "#3b6fb6"
 COLOURS = dict(zip(CURVES, ("#c8452f", "#e39a8b", "#8a8f98", "#2a9d6f", "#c98a1b"), strict=True))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    with figure(path, 1, 2, size=(11, 4.6), width_ratios=(1.35, 1)) as (_, (left, right)):
-        methods = (*VCORE, *OTHERS)
+    methods = (*VCORE, *OTHERS)
+    with figure(path, 1, 2, size=(11, 5.2), width_ratios=(1.5, 1)) as (drawn_figure, (left, right)):
         for place, method in enumerate(reversed(methods)):
             found = _interval(result, method, "within")
-            colour = "#c8452f" if method.startswith("VCORE") else "#3b6fb6"
+            colour = FOUND if method in VCORE else OTHER
             if "difference" in method:
-                colour = "#8a8f98"
+                colour = DIFFERENCE
             left.errorbar(found.mean, place, xerr=found.half, fmt="o", color=colour, capsize=3)
-            left.annotate(
-                f"{found.mean:.2f}",
-                (found.mean, place),
-                (0, 5),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+            left.text(1.09, place, found.text(2), va="center", fontsize=8)
         left.set_yticks(range(len(methods)), list(reversed(methods)), fontsize=8)
+        left.set_xticks([0, 0.25, 0.5, 0.75, 1])
         left.axvline(0.5, color="#555555", linestyle=":", linewidth=1.2)
         left.set(
-            xlabel="area under the ROC curve, within a trajectory (0.5: chance)",
+            xlim=(-0.05, 1.4),
+            xlabel="area under the ROC curve within a trajectory (0.5: chance)",
             title="Do the weights find the clean tokens?",
         )
         for name, points in result["curves"].items():
             right.plot(*zip(*points, strict=True), color=COLOURS[name], label=name, linewidth=1.6)
         right.plot((0, 1), (0, 1), color="#555555", linestyle=":", linewidth=1.2)
         right.set(
-            xlabel="corrupted tokens kept",
-            ylabel="clean tokens kept",
+            xlabel="share of the corrupted tokens kept",
+            ylabel="share of the clean tokens kept",
             title="Keeping the tokens of highest weight",
         )
-        right.legend(fontsize=7)
+        drawn_figure.legend(loc="outside lower center", ncols=3, fontsize=8)

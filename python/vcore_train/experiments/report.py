@@ -61,7 +61,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes ``out/name.json`` and ``out/name.md``; returns what is in the JSON.
 
-    ``result``: plain data; tensors must have become numbers. NaN and infinities become null.
+    ``result``: plain data; tensors must have become numbers. The file keeps six
+    digits, and null for NaN and infinities.
     """
     record = {
         "study": name,
@@ -74,7 +75,7 @@ def write_report(
         "cpu_seconds": round(cpu_seconds, 1),
         "result": result,
     }
-    text = json.dumps(_finite(record), indent=1, allow_nan=False)
+    text = json.dumps(_plain(record), indent=1, allow_nan=False)
     (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     size = ", ".join(f"{key} {value}" for key, value in setting.items())
     parts = [
@@ -120,10 +121,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _finite(value: Any) -> Any:
-    """``value`` with NaN and infinities as None, which JSON has, and tuples as lists."""
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it: six digits, None for NaN and infinities, lists for tuples."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
