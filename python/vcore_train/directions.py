@@ -17,6 +17,7 @@ from vcore_train.direction_tensors import Direction, check_finite, clip_directio
 from vcore_train.modeling import (
     IGNORE_INDEX,
     causal_lm,
+    check_packing,
     head_of,
     probing,
     supervised_labels,
@@ -199,7 +200,7 @@ def uniform_gradient(
 
     Raises:
         ValueError: no supervised token in any batch, no trainable parameter, ``params`` that choose
-            none, labels missing.
+            none, labels missing, ``cu_seq_lens_q`` that cuts a trajectory.
     """
     parameters = chosen_parameters(model, params)
     verify_head(model)
@@ -220,6 +221,7 @@ def uniform_gradient(
         if count == 0:
             continue
         tokens += count
+        check_packing(batch)
         with (
             torch.enable_grad(),
             probing(model, attention=None, checkpointing=True),

@@ -259,6 +259,40 @@ def segment_starts(inputs: Mapping[str, Any]) -> Tensor:
     return starts
 
 
+def check_packing(inputs: Mapping[str, Any]) -> None:
+    """Raises ValueError where ``cu_seq_lens_q`` of a packed batch does not fit the batch.
+
+    That is where it leaves the batch, or where it and ``position_ids`` begin supervised
+    trajectories at different tokens: attention would cut one of them in two, or join two.
+    """
+    boundaries, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
+    if boundaries is None:
+        return
+    labels = supervised_labels(inputs).flatten()
+    boundaries = boundaries.to(labels.device, torch.int64)
+    if bool((boundaries.diff() < 0).any()) or not 0 <= int(boundaries[-1]) <= labels.numel():
+        raise ValueError(
+            f"cu_seq_lens_q must rise from 0 to at most the batch's {labels.numel()} tokens, got "
+            f"{boundaries.tolist()[:8]}{'...' if boundaries.numel() > 8 else ''}."
+        )
+    if positions is None or positions.numel() != labels.numel():
+        return
+    cut = segment_starts(inputs).flatten()
+    restarts = torch.ones_like(cut)
+    restarts[1:] = positions.flatten().diff() != 1
+    segment = (cut | restarts).cumsum(0) - 1
+    supervised = torch.zeros_like(segment).index_add_(0, segment, (labels != IGNORE_INDEX).long())
+    wrong = ((cut != restarts) & (supervised[segment] > 0)).nonzero().flatten().tolist()
+    if wrong:
+        at = wrong[0]
+        what = "cuts a trajectory" if bool(cut[at]) else "has no boundary"
+        raise ValueError(
+            f"cu_seq_lens_q {what} at token {at} ({len(wrong)} such places), where position_ids go "
+            f"from {int(positions.flatten()[at - 1])} to {int(positions.flatten()[at])}. Make both "
+            "from the same lengths, or leave position_ids out: they then come from cu_seq_lens_q."
+        )
+
+
 @contextmanager
 def probing(
     model: nn.Module, *, attention: str | None = "eager", checkpointing: bool = False

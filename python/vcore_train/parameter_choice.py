@@ -93,10 +93,13 @@ def _matched(model, item: str, own: set[str], every: dict[str, nn.Parameter]) ->
         names = _by_pattern(item, own, every, alone)
     trainable = {name for name in names if every[name].requires_grad}
     if not trainable:
-        some = sorted(names)
         raise ValueError(
             f"descent_direction: params={item!r} chooses "
-            + (f"frozen parameters only ({_some(some)})" if names else "no parameter at all")
+            + (
+                f"frozen parameters only ({some(sorted(names))})"
+                if names
+                else "no parameter at all"
+            )
             + ". A step cannot move them, so a direction along them says nothing of training: "
             f"choose among the trained ones, whose names are like {_example(model)}, or set "
             "requires_grad before the optimizer is made."
@@ -130,5 +133,7 @@ def _example(model: nn.Module) -> str:
     return repr(next(iter(trainable_parameters(model)), None))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def some(names: Sequence[str], most: int = 5) -> str:
+    """``names`` for a message, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -31,6 +31,7 @@ from vcore_kernels.weighted_linear_nll import weighted_sum
 from vcore_train.modeling import (
     IGNORE_INDEX,
     causal_lm,
+    check_packing,
     head_of,
     hidden_states,
     supervised_labels,
@@ -89,6 +90,7 @@ def forward_with_utilities(
         ForwardDerivativeError, NonFiniteDirectionError: as in token_utilities.
     """
     labels = supervised_labels(inputs)
+    check_packing(inputs)
     check_reusable(model)
     probed = match_direction(model, direction)
     verify_head(model)
@@ -129,7 +131,7 @@ class ForwardWithUtilities:
         self.nll: Tensor
         if moves or trains:
             with torch.no_grad():
-                self.utility, self.nll, _ = utilities_of(dual, labels, backend)
+                self.utility, self.nll, *_ = utilities_of(dual, labels, backend)
         else:
             self._keep_rows(dual)
 

@@ -74,7 +74,7 @@ def weigh_trajectory(
     batches = [batch(probe[i : i + PROBE_BATCH]) for i in range(0, len(probe), PROBE_BATCH)]
     direction = descent_direction(model, batches, kind="probe")
     inputs = batch([dict(row)])
-    utility, nll, _ = token_utilities_and_nll(model, inputs, direction)
+    utility, nll, *_ = token_utilities_and_nll(model, inputs, direction)
     mask = inputs["labels"] != IGNORE_INDEX
     mask[:, 0] = False
     wanted: dict[str, Any] = dict(sharpness) or {"kl_budget": DEFAULT_KL_BUDGET}

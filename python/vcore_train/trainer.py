@@ -1,6 +1,7 @@
 """Token-weighted training on ``transformers.Trainer``."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -80,8 +81,9 @@ class VcoreTrainer(Trainer):
 
     Logged besides transformers' own figures: ``nll`` (mean over supervised tokens, unweighted),
     ``tau``, ``kl`` (nats) and ``ess`` (means over trajectories), ``alpha``, ``utility_mean``,
-    ``utility_std``, ``probe_time_share`` (of the time of probes and training passes; with
-    ``reuse_forward`` the forward pass of the training counts as probe); and as totals
+    ``utility_std``, ``utility_snr`` (of the difference methods, in the first micro-batch of a step:
+    :mod:`vcore_train.differences`), ``probe_time_share`` (of the time of probes and training
+    passes; with ``reuse_forward`` the forward pass of the training counts as probe); and as totals
     of the run ``supervised_tokens``, ``fallback_steps``, ``saturated`` (trajectories whose KL
     budget could not be reached). ``eval_loss`` is the mean over all supervised tokens of the
     evaluation set.
@@ -496,6 +498,9 @@ class VcoreTrainer(Trainer):
         for name, value in result.means.items():
             self.metrics.add_mean(name, value)
         self.metrics.totals["saturated"] += int(result.saturated)
+        snr = pairs[0].snr
+        if snr is not None and math.isfinite(snr):
+            self.metrics.add_mean("utility_snr", torch.tensor(snr))
         return result.weights
 
     def _utilities(
@@ -511,6 +516,7 @@ class VcoreTrainer(Trainer):
             direction,
             method=cast(Method, self.args.utility_method),
             epsilon=self.args.epsilon,
+            snr=position == 0,  # of a difference, at the price of a forward pass
         )
 
     def _fall_back(self, reason: str) -> None:

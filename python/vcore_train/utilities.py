@@ -9,11 +9,10 @@ graph.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakSet
 
 import torch
@@ -22,21 +21,25 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from vcore_kernels import linear_nll_jvp, linear_nll_pair
-from vcore_kernels.perturbed import NonFiniteDirectionError, perturbed
+from vcore_kernels import linear_nll_jvp
+from vcore_kernels.perturbed import NonFiniteDirectionError
 from vcore_train import attention
-from vcore_train.direction_tensors import check_finite, norm_of
+from vcore_train.differences import DIFFERENCE_HEADS, DifferenceHead, difference_utilities
+from vcore_train.direction_tensors import norm_of
 from vcore_train.dual_layers import dual_layers
 from vcore_train.modeling import (
     IGNORE_INDEX,
     Head,
     causal_lm,
+    check_packing,
     head_of,
     hidden_states,
     probing,
     supervised_labels,
     verify_head,
 )
+from vcore_train.parameter_choice import some
+from vcore_train.probed import Probed, TokenUtilities, match_direction
 
 __all__ = [
     "ForwardDerivativeError",
@@ -48,18 +51,11 @@ __all__ = [
 
 logger = logging.getLogger("vcore_train")
 Method = Literal["jvp", "central", "finite_difference"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class ForwardDerivativeError(RuntimeError):
     """Something in the model has no forward-mode derivative; the message names it and the mend."""
-
-
-class TokenUtilities(NamedTuple):
-    """Both shaped and aligned like the labels, fp32 (float64 for a float64 model)."""
-
-    utility: Tensor  # [B, T], 0 where not supervised
-    nll: Tensor  # [B, T] in nats, without dropout, 0 where not supervised
-    epsilon: float | None = None  # the step that a difference took
 
 
 def token_utilities(
@@ -69,6 +65,7 @@ def token_utilities(
     *,
     method: Method = "jvp",
     epsilon: float | None = None,
+    head: DifferenceHead = "linear",
     backend: str = "auto",
 ) -> Tensor:
     """The utility ``s_t = <g, grad l_t>`` of every supervised token.
@@ -90,6 +87,9 @@ def token_utilities(
         epsilon: step of the two differences, in units of theta / g. None searches one, in up to
             four tries: the losses shall change by about the square root (for "central" the cube
             root) of the precision in use.
+        head: of the two differences. "linear" takes the change of the hidden states, in fp32,
+            and the head's own direction through the head's derivative; "pair" subtracts the losses
+            under the heads of both points.
         backend: of the head operators of vcore_kernels.
 
     Returns:
@@ -97,13 +97,20 @@ def token_utilities(
         supervised.
 
     Raises:
-        ValueError: direction that is empty or does not match the model, epsilon <= 0, no labels,
-            unknown method, quantised parameters in the direction.
+        ValueError: direction that is empty or does not match the model, quantised or frozen
+            parameters in it, epsilon <= 0, no labels, ``cu_seq_lens_q`` that cuts a trajectory,
+            unknown method.
         NonFiniteDirectionError: NaN or infinity in the direction (a ValueError).
         ForwardDerivativeError: a part of the model that "jvp" cannot differentiate.
     """
     return token_utilities_and_nll(
-        model, inputs, direction, method=method, epsilon=epsilon, backend=backend
+        model,
+        inputs,
+        direction,
+        method=method,
+        epsilon=epsilon,
+        head=head,
+        backend=backend,
     ).utility
 
 
@@ -114,87 +121,50 @@ def token_utilities_and_nll(
     *,
     method: Method = "jvp",
     epsilon: float | None = None,
+    head: DifferenceHead = "linear",
+    snr: bool = True,
     backend: str = "auto",
 ) -> TokenUtilities:
     """:func:`token_utilities` with the losses of the same pass, which cost nothing more.
 
     The losses are at theta for "jvp" and "finite_difference"; for "central" the mean of both
     points, which differs from them by a term in ``epsilon**2``.
+
+    The two differences also report the step that they took and their signal-to-noise ratio ``snr``
+    (rms over the supervised tokens; it takes one more forward pass, which ``snr=False`` saves), and
+    warn once a model where it is below 1: see :mod:`vcore_train.differences`.
     """
-    if method not in _METHODS:
+    if method not in METHODS:
         raise ValueError(
-            f"token_utilities: unknown method {method!r}, expected one of {', '.join(_METHODS)}."
+            f"token_utilities: unknown method {method!r}, expected one of {', '.join(METHODS)}."
+        )
+    if head not in DIFFERENCE_HEADS:
+        raise ValueError(
+            f"token_utilities: unknown head {head!r}, expected one of "
+            f"{', '.join(DIFFERENCE_HEADS)}."
         )
     if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(
             f"token_utilities: epsilon must be positive and finite, got {epsilon}. None chooses it."
         )
     labels = supervised_labels(inputs)
+    check_packing(inputs)
     probed = match_direction(model, direction)
     verify_head(model)
     with torch.inference_mode(False), torch.no_grad():  # inference mode would drop the tangents
-        return _METHODS[method](model, inputs, labels, probed, epsilon, backend)
-
-
-class Probed(NamedTuple):
-    """A parameter and its direction, of the same shape, on the same device."""
-
-    parameter: nn.Parameter
-    direction: Tensor
-    moves: bool  # the direction is not zero
-
-
-def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[str, Probed]:
-    """``direction`` beside the parameters it moves, by name.
-
-    Raises ValueError for an empty direction, names or shapes that the model does not have, a tied
-    parameter under two names and quantised parameters; NonFiniteDirectionError with the count of
-    NaN and inf entries.
-    """
-    if not direction:
-        raise ValueError(
-            "token_utilities: the direction is empty. descent_direction(model, batches) makes one; "
-            "the model must have parameters with requires_grad."
+        if method == "jvp":
+            return _forward_mode(model, inputs, labels, probed, epsilon, backend)
+        return difference_utilities(
+            model,
+            inputs,
+            labels,
+            probed,
+            epsilon,
+            backend,
+            central=method == "central",
+            head=head,
+            snr=snr,
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    unknown = [name for name in direction if name not in parameters]
-    if unknown:
-        raise ValueError(
-            f"token_utilities: {_some(unknown)} in the direction are no parameters of "
-            f"{type(model).__name__}, whose names are like {next(iter(parameters))!r}. Make the "
-            "direction with the model in the same wrapping (PEFT, DDP, torch.compile each add a "
-            "prefix)."
-        )
-    wrong = [
-        f"{name}: {list(g.shape)} for {list(parameters[name].shape)}"
-        for name, g in direction.items()
-        if g.shape != parameters[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"token_utilities: shapes in the direction differ from the model's: {_some(wrong)}. "
-            "Make the direction again after resizing the vocabulary or changing the adapter's rank."
-        )
-    quantised = [name for name in direction if not parameters[name].is_floating_point()]
-    if quantised:
-        raise ValueError(
-            f"token_utilities: {_some(quantised)} are quantised ({parameters[quantised[0]].dtype}) "
-            "and cannot move. Probe the LoRA adapters over them: leave every quantised weight out "
-            "of the direction."
-        )
-    names: dict[nn.Parameter, str] = {}
-    for name in direction:
-        twin = names.setdefault(parameters[name], name)
-        if twin != name:
-            raise ValueError(
-                f"token_utilities: {twin} and {name} are one tied parameter. Pass it once, with "
-                "the sum of the gradients of both uses."
-            )
-    largest = check_finite(direction)
-    return {
-        name: Probed(parameters[name], g.detach().to(parameters[name].device), largest[name] > 0)
-        for name, g in direction.items()
-    }
 
 
 # ---- forward mode ----
@@ -265,13 +235,16 @@ def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
                 _scaled(p.direction, scale).to(p.parameter.dtype),
             )
             for name, p in probed.items()
-            if p.moves
+            if p.moves and not p.head_alone
         }
         with _explained(model), _PlainTangents() if graph else _NoLostTangents():
             hidden, head = functional_call(both, duals, (inputs,))
         hidden, hidden_tangent = fwAD.unpack_dual(hidden)
         weight, weight_tangent = fwAD.unpack_dual(head.weight)
         bias, bias_tangent = (None, None) if head.bias is None else fwAD.unpack_dual(head.bias)
+    for p in probed.values():
+        if p.head_alone:
+            weight_tangent = _scaled(p.direction, scale)
     if hidden_tangent is None:
         _check_only_head(model, probed)
         hidden_tangent = torch.zeros_like(hidden)
@@ -318,7 +291,7 @@ def _check_only_head(model: nn.Module, probed: Mapping[str, Probed]) -> None:
     lost = [name for name, p in probed.items() if p.moves and p.parameter not in of_head]
     if lost:
         raise ForwardDerivativeError(
-            f"token_utilities: {_some(lost)} have a direction, but the decoder's hidden states "
+            f"token_utilities: {some(lost)} have a direction, but the decoder's hidden states "
             "came out without a tangent: something in the model detaches them, so every utility "
             "would be zero. Use method='central', or take the detaching wrapper off."
         )
@@ -402,135 +375,3 @@ def _explained(model: nn.Module) -> Iterator[None]:
             "version of it for the probe (no fused, quantised or compiled kernel), or "
             "method='central'."
         ) from error
-
-
-# ---- differences ----
-
-
-# Without a given epsilon the step is such that the losses change by this many nats (root mean
-# square over the tokens): factor * eps ** power, eps the machine epsilon of the pass (0.044 and
-# 0.07 nats in bf16, 1.7e-4 and 1.7e-3 in fp32). The powers balance rounding, which falls with the
-# step, against the first term left out, which grows with it or with its square. The factors are
-# from a small trained Qwen3 with bf16 weights or autocast, full-parameter and LoRA, whose best
-# steps differ tenfold in epsilon and in |epsilon * g| / |theta|, but not in the change of the
-# losses.
-_TARGETS = {False: (0.5, 1 / 2), True: (0.35, 1 / 3)}  # by whether central
-_TOLERATED, _TRIES = 2.0, 4  # accepted factor around the target; passes spent on the search at most
-
-
-def _difference(
-    model, inputs, labels, probed, epsilon, backend, *, central: bool
-) -> TokenUtilities:
-    with probing(model, attention=None):
-        base = None if central else _point(model, inputs, probed, keep=True)
-
-        def measure(step: float) -> tuple[Tensor, Tensor]:
-            """Losses at the first point, and what they lose on the way to ``theta - step * g``."""
-            first = base
-            if first is None:
-                with _moved(probed, -step):
-                    first = _point(model, inputs, probed, keep=True)
-            with _moved(probed, step):
-                return _pair(first, _point(model, inputs, probed), labels, backend)
-
-        if epsilon is None:
-            epsilon, (nll, difference) = _search(model, labels, probed, measure, central)
-        else:
-            nll, difference = measure(epsilon)
-    if central:
-        return TokenUtilities(difference / (2 * epsilon), nll - difference / 2, epsilon)
-    return TokenUtilities(difference / epsilon, nll, epsilon)
-
-
-def _search(model, labels, probed, measure, central) -> tuple[float, tuple[Tensor, Tensor]]:
-    """A step that changes the losses as ``_TARGETS`` says, and losses and changes there."""
-    factor, power = _TARGETS[central]
-    target = factor * _machine_epsilon(model) ** power
-    theta = norm_of([p.parameter.detach() for p in probed.values()]) or 1.0
-    epsilon = 0.05 * target * theta / (norm_of([p.direction for p in probed.values()]) or theta)
-    for attempt in range(1, _TRIES + 1):
-        nll, difference = measure(epsilon)
-        change = float(difference[labels != IGNORE_INDEX].square().mean().sqrt())
-        close = target / _TOLERATED <= change <= target * _TOLERATED
-        if close or change == 0 or not math.isfinite(change) or attempt == _TRIES:
-            break
-        epsilon *= min(max(target / change, 1e-3), 1e3)
-    logger.info("epsilon %.3g changes the losses by %.2g nats rms", epsilon, change)
-    return epsilon, (nll, difference)
-
-
-def _machine_epsilon(model: nn.Module) -> float:
-    """The coarsest precision of the pass: of the weights, or of autocast where it is on."""
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    dtypes = {p.dtype for p in parameters}
-    device = parameters[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    return max(torch.finfo(dtype).eps for dtype in dtypes)
-
-
-class _Point(NamedTuple):
-    """What the losses depend on at one point of parameter space."""
-
-    hidden: Tensor
-    head: Head
-    head_moves: bool
-
-
-def _point(model, inputs, probed: Mapping[str, Probed], *, keep: bool = False) -> _Point:
-    """The point where the parameters stand now; ``keep``: the head must outlast their next move."""
-    hidden, head = hidden_states(model, inputs), head_of(model)
-    of_head = set(causal_lm(model).get_output_embeddings().parameters())
-    head_moves = any(p.parameter in of_head for p in probed.values())
-    if keep and head_moves:
-        bias = None if head.bias is None else head.bias.clone()
-        head = replace(head, weight=head.weight.clone(), bias=bias)
-    return _Point(hidden, head, head_moves)
-
-
-def _pair(base: _Point, moved: _Point, labels: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Losses at ``base``, and what they lose on the way to ``moved``, without cancellation."""
-    return linear_nll_pair(
-        base.hidden,
-        moved.hidden,
-        base.head.weight,
-        labels,
-        moved.head.weight if base.head_moves else None,
-        bias_perturbed=moved.head.bias if base.head_moves else None,
-        ignore_index=IGNORE_INDEX,
-        shift=1,
-        backend=backend,
-        **base.head.options(),
-    )
-
-
-@contextmanager
-def _moved(probed: Mapping[str, Probed], epsilon: float) -> Iterator[None]:
-    """The parameters at ``theta - epsilon * g`` (of either sign), afterwards back, bit for bit.
-
-    16-bit weights are rounded stochastically: to the nearest, most of them would not move.
-    """
-    parameters = [p.parameter for p in probed.values()]
-    directions = [p.direction for p in probed.values()]
-    narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
-    rounding: Literal["nearest", "stochastic"] = "stochastic" if narrow else "nearest"
-    if epsilon < 0:
-        torch._foreach_neg_(directions)
-    try:
-        with perturbed(parameters, directions, abs(epsilon), rounding=rounding):
-            yield
-    finally:
-        if epsilon < 0:
-            torch._foreach_neg_(directions)
-
-
-_METHODS: dict[str, Callable[..., TokenUtilities]] = {
-    "jvp": _forward_mode,
-    "central": partial(_difference, central=True),
-    "finite_difference": partial(_difference, central=False),
-}
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more

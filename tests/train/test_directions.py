@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from exact import double_copy, exact_nll, random_direction
-from tiny import packed_batch, padded_batch, tiny_model, with_lora
+from tiny import packed_batch, padded_batch, tiny_model, untied_twin, with_lora
 from vcore_train.config import DIRECTIONS
 from vcore_train.direction_states import KINDS, MomentumDirection, ProbeDirection
 from vcore_train.directions import (
@@ -481,13 +481,6 @@ def test_a_part_of_the_gradient_is_that_part_of_it(params, expected, checkpointe
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert list(part) == [n for n in whole if expected(n)]
     assert_close(part, {n: whole[n] for n in part}, rtol=1e-5, atol=1e-7)
-
-
-def untied_twin(model):
-    """The same function with a head of its own."""
-    twin = tiny_model(model.config.model_type, tie_word_embeddings=False)
-    twin.load_state_dict(model.state_dict())
-    return twin
 
 
 def test_a_tied_head_is_its_use_as_a_head_alone():

@@ -52,6 +52,13 @@ def tiny_model(model_type, *, seed=0, attention=None, dtype=torch.float32, **ove
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).train()
 
 
+def untied_twin(model):
+    """The same function with a head of its own."""
+    twin = tiny_model(model.config.model_type, tie_word_embeddings=False)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
 def with_lora(model, *, seed=0, targets=("q_proj", "v_proj", "down_proj"), **options):
     """A LoRA adapter on ``model`` with a B that is not zero, so that A has a gradient too."""
     from peft import LoraConfig, get_peft_model
