@@ -208,7 +208,7 @@ class _Weigher:
         direction = self.schedule.direction(
             step, model, optimizer, lambda count: (next(self.probes) for _ in range(count))
         )
-        utility, nll, _ = token_utilities_and_nll(model, batch, direction)
+        utility, nll, *_ = token_utilities_and_nll(model, batch, direction)
         tokens = SupervisedTokens.of([batch])
         if self.arm.falling:
             self.args.kl_budget = self.arm.options["kl_budget"] * left**2
