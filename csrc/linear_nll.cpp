@@ -152,28 +152,30 @@ class Head {
 
   static constexpr at::ScalarType accumulator_type() { return scalar_type<A>(); }
 
+  using Rows = std::vector<int64_t>;
+
   // Tokens with a target; those that `first` marks come first and are never in one chunk with
   // others.
-  std::vector<std::vector<int64_t>> chunks(int64_t max_rows, const OptionalTensor& first) const {
-    const int64_t* target = target_.const_data_ptr<int64_t>();
-    std::vector<int64_t> marked, rest;
+  std::vector<Rows> chunks(int64_t max_rows, const OptionalTensor& first) const {
+    Rows marked, rest;
     Tensor marks = first ? first->ne(0) : Tensor();
     for (int64_t n = 0; n < target_.numel(); ++n) {
-      if (target[n] == options_.ignore_index) continue;
-      TORCH_CHECK_INDEX(target[n] >= 0 && target[n] < vocabulary_, "linear_nll: target ", target[n],
-                        " at row ", n, " is outside the vocabulary of ", vocabulary_);
+      if (!has_target(n)) continue;
       (first && !marks.const_data_ptr<bool>()[n] ? rest : marked).push_back(n);
     }
-    std::vector<std::vector<int64_t>> out;
-    for (const auto& rows : {marked, rest}) {
-      const int64_t n = rows.size();
-      if (n == 0) continue;
-      const int64_t parts = (n + max_rows - 1) / max_rows;
-      const int64_t size = std::min(max_rows, round_up((n + parts - 1) / parts, panel_));
-      for (int64_t i = 0; i < n; i += size) {
-        out.emplace_back(rows.begin() + i, rows.begin() + std::min(n, i + size));
-      }
+    std::vector<Rows> out;
+    for (const auto& rows : {marked, rest}) split(rows, max_rows, out);
+    return out;
+  }
+
+  // Tokens with a target among [begin, end), in their order.
+  std::vector<Rows> chunks_of(int64_t begin, int64_t end, int64_t max_rows) const {
+    Rows rows;
+    for (int64_t n = begin; n < end; ++n) {
+      if (has_target(n)) rows.push_back(n);
     }
+    std::vector<Rows> out;
+    split(rows, max_rows, out);
     return out;
   }
 
@@ -367,6 +369,53 @@ class Head {
     return g;
   }
 
+  // What the logit gradients take of each token.
+  struct Factors {
+    std::vector<A> top, scaled, at_target;
+  };
+
+  Factors gradient_factors(const Chunk& c, const double* factor) const {
+    Factors f{std::vector<A>(c.padded, A(0)), std::vector<A>(c.padded, A(0)),
+              std::vector<A>(c.count())};
+    const double *top_of = data<double>(lse_), *rest_of = top_of + tokens();
+    for (int64_t j = 0; j < c.count(); ++j) {
+      const int64_t n = c.rows[j];
+      const double nll = data<A>(nll_)[n], w = (factor ? factor[n] : 1.0) * options_.scale;
+      f.top[j] = A(top_of[n]);
+      f.scaled[j] = A(w * std::exp(-rest_of[n]));
+      const double logit = top_of[n] + (rest_of[n] - nll);
+      const double y = options_.softcap == 0 ? 0 : logit / options_.softcap;
+      f.at_target[j] = A(w * std::expm1(-nll) * (1 - y * y));
+    }
+    return f;
+  }
+
+  // g [rows of the tile, padded]: the logit gradients, from what is kept or from the logits again,
+  // for which w is the tile of the weight. `tile_factor` [padded] belongs to the calling thread.
+  void gradient_tile(const Chunk& c, const Factors& f, int64_t tile, const T* w,
+                     std::vector<A>& tile_factor, A* g) const {
+    const int64_t v = tile * kTile, count = std::min(kTile, vocabulary_ - v);
+    if (c.kept.defined()) {
+      const A* max = data<A>(c.max) + tile * c.padded;
+      for (int64_t j = 0; j < c.count(); ++j) {
+        tile_factor[j] = f.scaled[j] * std::exp(max[j] - f.top[j]);
+      }
+      kernels_.grad_from_kept(count, c.padded, data<T>(c.kept) + v * c.padded, tile_factor.data(),
+                              g, c.padded);
+    } else {
+      kernels_.gemm(count, c.padded, padded_width_, w, weight_.stride(), data<T>(c.panels), g,
+                    c.padded, false);
+      transform_tile<Second::none>(v, count, c.padded, c.padded, {}, g, nullptr);
+      kernels_.grad_from_logits(count, c.padded, c.padded, transform_.softcap, f.top.data(),
+                                f.scaled.data(), g);
+    }
+    const int64_t* target = target_.const_data_ptr<int64_t>();
+    for (int64_t i = c.tile_begin[tile]; i < c.tile_begin[tile + 1]; ++i) {
+      const int64_t j = c.tile_columns[i];
+      g[(target[c.rows[j]] - v) * c.padded + j] = f.at_target[j];
+    }
+  }
+
   // Sweep 2: the logit gradients factor_n * d nll_n / d z and their products. `factor` [N] in
   // double.
   void sweep_gradients(const Chunk& c, const double* factor, Gradients& out,
@@ -383,24 +432,11 @@ class Head {
     }
     if (by_vocab) {
       vocab_major = at::empty({threads_, kTile, group_rows}, scalar_type<T>());
-      hidden_panels = at::empty({group_rows * out_width}, scalar_type<T>());
-      kernels_.pack(c.count(), width_, data<T>(gather(hidden_, c)), padded_width_,
-                    data<T>(hidden_panels));
+      hidden_panels = pack_hidden(c);
     }
     const Tensor tile_gradients = at::empty({threads_, kTile, c.padded}, options);
 
-    std::vector<A> top(c.padded, A(0)), scaled(c.padded, A(0)), at_target(c.count());
-    const double *top_of = data<double>(lse_), *rest_of = top_of + tokens();
-    for (int64_t j = 0; j < c.count(); ++j) {
-      const int64_t n = c.rows[j];
-      const double nll = data<A>(nll_)[n], w = factor[n] * options_.scale;
-      top[j] = A(top_of[n]);
-      scaled[j] = A(w * std::exp(-rest_of[n]));
-      const double logit = top_of[n] + (rest_of[n] - nll);
-      const double y = options_.softcap == 0 ? 0 : logit / options_.softcap;
-      at_target[j] = A(w * std::expm1(-nll) * (1 - y * y));
-    }
-    const int64_t* target = target_.const_data_ptr<int64_t>();
+    const Factors factors = gradient_factors(c, factor);
 
     for_each_thread(threads_, tiles_, [&](int64_t thread, int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -411,24 +447,7 @@ class Head {
         const int64_t v = tile * kTile, count = std::min(kTile, vocabulary_ - v);
         const bool needs_weight = by_token || !c.kept.defined();
         const T* w = needs_weight ? weight_.rows(v, count, scratch) : nullptr;
-        if (c.kept.defined()) {
-          const A* max = data<A>(c.max) + tile * c.padded;
-          for (int64_t j = 0; j < c.count(); ++j) {
-            tile_factor[j] = scaled[j] * std::exp(max[j] - top[j]);
-          }
-          kernels_.grad_from_kept(count, c.padded, data<T>(c.kept) + v * c.padded,
-                                  tile_factor.data(), g, c.padded);
-        } else {
-          kernels_.gemm(count, c.padded, padded_width_, w, weight_.stride(), data<T>(c.panels), g,
-                        c.padded, false);
-          transform_tile<Second::none>(v, count, c.padded, c.padded, {}, g, nullptr);
-          kernels_.grad_from_logits(count, c.padded, c.padded, transform_.softcap, top.data(),
-                                    scaled.data(), g);
-        }
-        for (int64_t i = c.tile_begin[tile]; i < c.tile_begin[tile + 1]; ++i) {
-          const int64_t j = c.tile_columns[i];
-          g[(target[c.rows[j]] - v) * c.padded + j] = at_target[j];
-        }
+        gradient_tile(c, factors, tile, w, tile_factor, g);
         T* tokens = by_token ? data<T>(token_major) + thread * c.count() * kTile : nullptr;
         T* vocab = by_vocab ? data<T>(vocab_major) + thread * kTile * group_rows : nullptr;
         A* bias_sum = out.bias.defined() ? data<A>(out.bias) + v : nullptr;
@@ -452,10 +471,75 @@ class Head {
     }
   }
 
+  // The square of the norm of the weight's gradient by the tokens of [begin, end): tile by tile,
+  // each the sum over all chunks of these tokens, so that no more of the gradient ever exists.
+  double weight_gradient_square(int64_t begin_token, int64_t end_token) {
+    auto parts = chunks_of(begin_token, end_token, kMaxChunkRows);
+    if (parts.empty() || width_ == 0) return 0;
+    const bool keep = parts.size() == 1 && int64_t(parts[0].size()) <= max_rows(true, false);
+    std::vector<Chunk> chunks;
+    std::vector<Factors> factors;
+    std::vector<Tensor> hidden_panels;
+    for (auto& rows : parts) {
+      Chunk& c = chunks.emplace_back(begin_chunk(std::move(rows)));
+      sweep_statistics<Second::none>(c, keep);
+      combine<Second::none>(c, {});
+      factors.push_back(gradient_factors(c, nullptr));
+      hidden_panels.push_back(pack_hidden(c));
+    }
+    int64_t columns = 0;  // chunks but for the last are of one size
+    for (const Chunk& c : chunks) columns = std::max(columns, c.padded);
+    const auto options = at::TensorOptions().dtype(accumulator_type());
+    const Tensor gradients = at::empty({threads_, kTile, columns}, options);
+    const Tensor products = at::empty({threads_, kTile, width_}, options);
+    const Tensor vocab_major =
+        at::empty({threads_, kTile, round_up(columns, kGroup<T>)}, scalar_type<T>());
+    std::vector<double> squares(tiles_, 0);
+
+    for_each_thread(threads_, tiles_, [&](int64_t thread, int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      Tensor scratch;
+      std::vector<A> tile_factor(columns, A(0));
+      A* g = data<A>(gradients) + thread * kTile * columns;
+      A* product = data<A>(products) + thread * kTile * width_;
+      T* vocab = data<T>(vocab_major) + thread * kTile * round_up(columns, kGroup<T>);
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t v = tile * kTile, count = std::min(kTile, vocabulary_ - v);
+        const T* w = keep ? nullptr : weight_.rows(v, count, scratch);
+        for (size_t i = 0; i < chunks.size(); ++i) {
+          const Chunk& c = chunks[i];
+          const int64_t rows = round_up(c.count(), kGroup<T>);
+          gradient_tile(c, factors[i], tile, w, tile_factor, g);
+          kernels_.emit(count, c.count(), c.padded, g, nullptr, 0, vocab, rows, nullptr);
+          kernels_.gemm(count, width_, rows, vocab, rows, data<T>(hidden_panels[i]), product,
+                        width_, i > 0);
+        }
+        for (int64_t row = 0; row < count; ++row) {
+          const A* p = product + row * width_;
+          A square = 0;
+#pragma omp simd reduction(+ : square)
+          for (int64_t k = 0; k < width_; ++k) square += p[k] * p[k];
+          squares[tile] += square;
+        }
+      }
+    });
+    double total = 0;
+    for (double square : squares) total += square;
+    return total;
+  }
+
   // What a recomputing backward needs of the forward pass.
   void restore(const Tensor& nll, const Tensor& lse) {
     nll_ = nll.to(accumulator_type()).contiguous();
     lse_ = lse.to(at::kDouble).contiguous();
+  }
+
+  // The chunk's rows of hidden as a right operand.
+  Tensor pack_hidden(const Chunk& c) const {
+    const int64_t rows = round_up(c.count(), kGroup<T>);
+    Tensor panels = at::empty({rows * round_up(width_, panel_)}, scalar_type<T>());
+    kernels_.pack(c.count(), width_, data<T>(gather(hidden_, c)), padded_width_, data<T>(panels));
+    return panels;
   }
 
   void pack_extra(Chunk& c, const Tensor& x) const {
@@ -468,6 +552,24 @@ class Head {
   int64_t tokens() const { return target_.numel(); }
 
  private:
+  bool has_target(int64_t n) const {
+    const int64_t target = target_.const_data_ptr<int64_t>()[n];
+    if (target == options_.ignore_index) return false;
+    TORCH_CHECK_INDEX(target >= 0 && target < vocabulary_, "linear_nll: target ", target,
+                      " at row ", n, " is outside the vocabulary of ", vocabulary_);
+    return true;
+  }
+
+  void split(const Rows& rows, int64_t max_rows, std::vector<Rows>& out) const {
+    const int64_t n = rows.size();
+    if (n == 0) return;
+    const int64_t parts = (n + max_rows - 1) / max_rows;
+    const int64_t size = std::min(max_rows, round_up((n + parts - 1) / parts, panel_));
+    for (int64_t i = 0; i < n; i += size) {
+      out.emplace_back(rows.begin() + i, rows.begin() + std::min(n, i + size));
+    }
+  }
+
   template <Second kSecond>
   void transform_tile(int64_t v, int64_t count, int64_t cols, int64_t ld, const Tensor& second_bias,
                       A* z, A* dz) const {
@@ -700,6 +802,32 @@ std::tuple<Tensor, Tensor> linear_nll_pair(const Tensor& hidden, const Tensor& w
   });
 }
 
+// [S], the norm of the weight's gradient over the tokens between each two of `offsets` [S + 1].
+Tensor linear_nll_grad_norms(const Tensor& hidden, const Tensor& weight, const Tensor& target,
+                             const OptionalTensor& bias, const Tensor& offsets, int64_t /*length*/,
+                             double softcap, double scale, int64_t ignore_index) {
+  check(hidden, weight, target, bias);
+  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() > 0 && offsets.scalar_type() == at::kLong,
+                    "linear_nll_grad_norms: expected int64 offsets [S + 1]");
+  const Tensor bounds = offsets.contiguous();
+  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  const int64_t number = offsets.numel() - 1;
+  for (int64_t s = 0; s < number; ++s) {
+    TORCH_CHECK_VALUE(0 <= bound[s] && bound[s] <= bound[s + 1] && bound[s + 1] <= target.numel(),
+                      "linear_nll_grad_norms: offsets ", bound[s], ", ", bound[s + 1],
+                      " do not cut ", target.numel(), " tokens");
+  }
+  return with_product_type(hidden, [&](auto tag) -> Tensor {
+    using T = decltype(tag);
+    Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
+    const Tensor norms = at::zeros({number}, head.accumulator_type());
+    for (int64_t s = 0; s < number; ++s) {
+      data<Acc<T>>(norms)[s] = std::sqrt(head.weight_gradient_square(bound[s], bound[s + 1]));
+    }
+    return norms;
+  });
+}
+
 // x * factor as dtype, rounded once and without a temporary of x's size. factor is 0-dim, or one
 // for each row of x [N, H]; then a row with factor 0 is 0, whatever it holds.
 Tensor scale_cast(const Tensor& x, const Tensor& factor, at::ScalarType dtype) {
@@ -739,6 +867,7 @@ TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) {
   m.impl("weighted_linear_nll_forward", weighted_linear_nll_forward);
   m.impl("linear_nll_jvp", linear_nll_jvp);
   m.impl("linear_nll_pair", linear_nll_pair);
+  m.impl("linear_nll_grad_norms", linear_nll_grad_norms);
 }
 TORCH_LIBRARY_IMPL(vcore_kernels, CatchAll, m) { m.impl("set_bf16_engine", set_bf16_engine); }
 

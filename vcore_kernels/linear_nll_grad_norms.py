@@ -19,7 +19,7 @@ _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor offsets, SymInt length,"
     " float softcap, float scale, int ignore_index) -> Tensor"
 )
-define(f"linear_nll_grad_norms{_SCHEMA}", _fake, compiled=False)
+define(f"linear_nll_grad_norms{_SCHEMA}", _fake)
 define(f"linear_nll_grad_norms_reference{_SCHEMA}", _fake, compiled=False)
 LIBRARY.impl(
     "linear_nll_grad_norms_reference",
@@ -50,8 +50,9 @@ def linear_nll_grad_norms(
     The log-probability of a sequence is the sum over its supervised tokens, and its gradient
     ``sum_t (softmax(logits_t) - onehot(target_t)) (x) hidden_t`` up to the sign, with the factors
     of ``scale`` and ``softcap``. Neither the N x V logits nor a V x H gradient is stored. The
-    Triton kernels take three products of N x V x H, less for padded sequences clearly shorter
-    than H; the reference holds the logits of one sequence at a time. No gradient flows.
+    compiled and Triton kernels take three products of N x V x H; compiled ones two for sequences
+    of which 64 MiB hold the exponentials, Triton's less for padded sequences clearly shorter than
+    H. The reference holds the logits of one sequence at a time. No gradient flows.
 
     Args:
         hidden: [B, T, H], a sequence a row; [T, H], one sequence; or with ``cu_seqlens`` packed

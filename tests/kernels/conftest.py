@@ -22,8 +22,8 @@ def bf16_engine(request):
     choose("auto")
 
 
-def backend_params(*on_gpu, compiled=True):
-    """Every backend that serves all operators (``compiled``: cpp too), and those of ``on_gpu``.
+def backend_params(*on_gpu):
+    """Every backend that serves all operators, and those of ``on_gpu``.
 
     Under Triton's interpreter (marker interpreter) the Triton kernels alone.
     """
@@ -35,7 +35,7 @@ def backend_params(*on_gpu, compiled=True):
     }
     return [
         "reference",
-        *([pytest.param("cpp", marks=unless["cpp"])] if compiled else []),
+        pytest.param("cpp", marks=unless["cpp"]),
         *(
             pytest.param(name, marks=[pytest.mark.gpu, unless[name]])
             for name in ("triton", *on_gpu)
@@ -52,13 +52,6 @@ def perturb_backend(request):
 @pytest.fixture(params=backend_params())
 def backend(request):
     """With kernels for a GPU, whatever a test makes is made there."""
-    _skip_wide_products(request)
-    yield from _made_for(request.param)
-
-
-@pytest.fixture(params=backend_params(compiled=False))
-def norms_backend(request):
-    """As ``backend``, without the compiled CPU library."""
     _skip_wide_products(request)
     yield from _made_for(request.param)
 

@@ -16,11 +16,6 @@ RICH = {"softcap": 3.0, "scale": 2.7}
 ops = torch.ops.vcore_kernels
 
 
-@pytest.fixture
-def backend(norms_backend):
-    return norms_backend
-
-
 @pytest.fixture(params=["product", "gram"] if INTERPRETED else ["chosen"])
 def way(request, monkeypatch):
     """Each way that the Triton kernels have of taking the norm of padded sequences."""
@@ -100,6 +95,25 @@ def test_ragged_and_packed(lengths, backend, way):
             rows[i, place], labels[i, place] = hidden[piece], target[piece]
         padded = linear_nll_grad_norms(rows, weight, labels, backend=backend)
         torch.testing.assert_close(padded, packed, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_sequence(dtype):
+    """Of more tokens than the compiled kernels take at a time."""
+    hidden, weight, target = make(2, 1300, 24, 301, dtype)
+    norms = linear_nll_grad_norms(hidden, weight, target, softcap=3.0)
+    assert last_used["linear_nll_grad_norms"] == ("cpp" if backends()["cpp"] else "reference")
+    check(norms, hidden, weight, target, dtype, softcap=3.0)
+
+
+@pytest.mark.skipif(not backends()["cpp"], reason=backends()["cpp"].reason)
+def test_offsets_of_the_raw_operator():
+    hidden, weight, target = make(1, 9, 8, 20)
+    for offsets in ([0, 10], [-1, 9], [5, 4]):
+        with pytest.raises(ValueError, match="do not cut 9 tokens"):
+            ops.linear_nll_grad_norms(
+                hidden[0], weight, target[0], None, torch.tensor(offsets), 0, 0.0, 1.0, -100
+            )
 
 
 def test_shift(backend, way):
@@ -286,6 +300,5 @@ def test_mistakes():
         call(hidden[None], weight, target[None])
     with pytest.raises(TypeError, match=r"target must be int64"):
         call(hidden, weight, target.int())
-    reason = "no kernel for linear_nll_grad_norms" if backends()["cpp"] else "_C.so|INTERPRET"
-    with pytest.raises(BackendError, match=reason):
-        call(hidden, weight, target, backend="cpp")
+    with pytest.raises(BackendError, match=r"linear_nll_grad_norms: backend 'cuda' cannot serve"):
+        call(hidden, weight, target, backend="cuda")

@@ -34,7 +34,6 @@ class Support:
 YES = Support(True)
 _CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CUDA_OPS = ("perturb_",)
-_NOT_IN_CPP = ("linear_nll_grad_norms",)
 _ROW_OPS = ("gated_jvp", "rms_norm_jvp")
 _TRITON_DTYPES = _CPP_DTYPES
 _TRITON_PRODUCT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,8 +83,6 @@ def supports(backend: str, op: str, *tensors: torch.Tensor) -> Support:
 
 
 def _cpp_serves(op: str, tensor: torch.Tensor) -> Support:
-    if op in _NOT_IN_CPP:
-        return Support(False, f"cpp has no kernel for {op}")
     if op in _ROW_OPS and not _library.has_compiled(op):
         return Support(False, f"{_library.COMPILED_PATH.name} lacks {op}: build it again")
     if tensor.device.type != "cpu":
