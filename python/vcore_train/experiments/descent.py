@@ -8,7 +8,7 @@ one real step of SGD and of AdamW.
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from vcore_kernels import gibbs_weights
 from vcore_kernels.perturbed import perturbed
-from vcore_train.config import VcoreConfig
 from vcore_train.directions import EmaDirection, descent_direction, uniform_gradient
 from vcore_train.experiments.report import Table, figure
 from vcore_train.experiments.setting import (
@@ -38,17 +37,24 @@ from vcore_train.utilities import token_utilities
 
 KL_BUDGETS = (0.005, 0.02, 0.1, 0.5, 2.0)  # nats
 KL_SCOPES = ("trajectory", "batch")
-EVERY = (1, 8)
+AVERAGES = {  # name: (decay, steps between updates)
+    "ema 0.5": (0.5, 1),
+    "ema 0.9": (0.9, 1),
+    "ema 0.9/8": (0.9, 8),
+}
 DIRECTIONS = {  # name: label
-    "probe": "probe of one batch",
-    **{f"ema/{k}": f"EMA, refreshed every {k}" for k in EVERY},
     "average": "average at these parameters",
+    "probe": "fresh probe",
+    "ema 0.5": "EMA 0.5, every step",
+    "ema 0.9": "EMA 0.9, every step",
+    "ema 0.9/8": "EMA 0.9, every 8 steps",
     "momentum": "momentum",
 }
-STEPPED = ("probe", "ema/8", "average")  # directions whose steps are taken, in every trajectory
+STEPPED = ("average", "probe", "ema 0.9")  # directions whose steps are taken, in every trajectory
 OPTIMIZERS = ("sgd", "adamw")
+SIZES = {"whole": 1.0, "tenth": 0.1}  # of the step that uniform weights would take
 SGD_LR = 0.1
-COLOURS = ("#c8452f", "#3b6fb6", "#7fb0e0", "#2a9d6f", "#c98a1b")  # one a direction
+COLOURS = ("#c8452f", "#3b6fb6", "#8d5fb0", "#2a9d6f", "#5bb8c4", "#c98a1b")  # one a direction
 
 
 @dataclass(frozen=True)
@@ -119,19 +125,18 @@ def _points(context: Context, seed: int) -> Iterator[dict[Way, dict[str, float]]
     held_out = drawn(start.held_out, setting.population + setting.judged, seed)
     population = batches(held_out[: setting.population], size)
     judged = batches(held_out[setting.population :], 4 * size)
-    emas = {k: EmaDirection(VcoreConfig.ema_decay) for k in EVERY}
+    averages = {name: EmaDirection(decay) for name, (decay, _) in AVERAGES.items()}
     total = setting.lead + setting.spacing * setting.batches
     for step in context.track(range(total), f"Steps, seed {seed}"):
         batch = next(order)
-        due = [k for k in EVERY if step % k == 0]
-        if due:
-            gradient = uniform_gradient(model, next(probes))
-            for k in due:
-                emas[k].update(gradient)
+        gradient = uniform_gradient(model, next(probes))
+        for name, (_, every) in AVERAGES.items():
+            if step % every == 0:
+                averages[name].update(gradient)
         if step >= setting.lead and (step - setting.lead) % setting.spacing == 0:
             directions = {
                 "probe": descent_direction(model, next(probes)),
-                **{f"ema/{k}": ema.direction() for k, ema in emas.items()},
+                **{name: average.direction() for name, average in averages.items()},
                 "average": uniform_gradient(
                     model, batches(drawn(rows, setting.population, 7 * step + seed), size)
                 ),
@@ -178,7 +183,8 @@ class Point:
         ):
             ways[way] = self._figures(self.gradient(weights), steps=True)
         generator = torch.Generator().manual_seed(seed)
-        for name, direction in directions.items():
+        for name in DIRECTIONS:
+            direction = directions[name]
             for preconditioned in (False, True):
                 taken = (
                     {n: g * self.rates[n] for n, g in direction.items()}
@@ -190,7 +196,7 @@ class Point:
                     for kl in KL_BUDGETS:
                         weights = self.gibbs(utility, kl, scope)
                         way = Way("vcore", name, preconditioned, kl, scope)
-                        steps = name in STEPPED and scope == "trajectory"
+                        steps = name in STEPPED and not preconditioned and scope == "trajectory"
                         ways[way] = self._figures(self.gradient(weights), steps=steps)
                 if name == "average" and not preconditioned:
                     weights = self.gibbs(utility, SHUFFLED.kl, SHUFFLED.scope)
@@ -229,9 +235,10 @@ class Point:
         }
         if steps:
             for name, step, norm in self.steps(gradient):
-                scale = self.sizes[name] / norm
-                with perturbed(list(self.parameters.values()), step, scale):
-                    found[f"drop_{name}"] = self.before - self._judge()
+                for size, part in SIZES.items():
+                    scale = part * self.sizes[name] / norm
+                    with perturbed(list(self.parameters.values()), step, scale):
+                        found[f"drop_{name}_{size}"] = self.before - self._judge()
         return found
 
     def steps(self, gradient: dict[str, Tensor]) -> Iterator[tuple[str, list[Tensor], float]]:
@@ -278,18 +285,21 @@ def cosine(x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
 def _summary(
     values: list[dict[str, float]], uniform: list[dict[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """For every figure: mean over batches with its interval, and as a multiple of uniform's."""
+    """For every figure: mean over batches, the same as a multiple of uniform's, less uniform's."""
     found = {}
     for name in values[0]:
         if name == "seed":
             continue
         own, base = [v[name] for v in values], [u[name] for u in uniform]
         mean, half = _ratio(own, base)
+        gap = interval([a - b for a, b in zip(own, base, strict=True)])
         found[name] = {
             "mean": interval(own).mean,
             "half": interval(own).half,
             "ratio": mean,
             "ratio_half": half,
+            "gap": gap.mean,
+            "gap_half": gap.half,
             "seeds": [
                 interval([v[name] for v in values if v["seed"] == seed]).mean
                 for seed in sorted({v["seed"] for v in values})
@@ -331,6 +341,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     grid = [
         (name, pre, scope) for name in DIRECTIONS for pre in (False, True) for scope in KL_SCOPES
     ]
+    drops = _drop_rows(result, plain)
     note = (
         f"Ratios to uniform weights on the same {result['batches']} batches; \u00b1 is the "
         "half-width of a 95% interval over batches."
@@ -372,37 +383,52 @@ def tables(result: dict[str, Any]) -> list[Table]:
             )
         ),
         Table(
-            "Held-out loss drop of one step as a multiple of uniform's, updates of equal norm",
-            ("weights", "optimizer", *(f"{kl} nats" for kl in KL_BUDGETS)),
+            "Held-out loss drop of one step less that of uniform weights, in 1e-3 nats",
+            ("weights", "optimizer", "step", *(f"{kl} nats" for kl in KL_BUDGETS)),
             [
-                *(
-                    [label, optimizer, _multiple(record_of(result, way)[f"drop_{optimizer}"])]
-                    + [""] * (len(KL_BUDGETS) - 1)
-                    for label, way in plain[1:]
-                    for optimizer in OPTIMIZERS
-                ),
-                *(
-                    [
-                        _label(name, pre),
-                        optimizer,
-                        *(
-                            _multiple(
-                                record_of(result, Way("vcore", name, pre, kl, "trajectory"))[
-                                    f"drop_{optimizer}"
-                                ]
-                            )
-                            for kl in KL_BUDGETS
-                        ),
-                    ]
-                    for name in STEPPED
-                    for pre in (False, True)
-                    for optimizer in OPTIMIZERS
-                ),
+                [label, optimizer, size, *cells(optimizer, size)]
+                for optimizer in OPTIMIZERS
+                for size in SIZES
+                for label, cells in drops
             ],
-            text=2,
-            note="Weights without a budget stand in the first column.",
+            text=3,
+            note="Updates have the norm of the uniform step, or a tenth of it. Rows without a "
+            "budget stand in the first column; uniform's own drop is not a difference.",
         ),
     ]
+
+
+def _drop_rows(
+    result: dict[str, Any], plain: Sequence[tuple[str, Way]]
+) -> list[tuple[str, Callable[[str, str], list[str]]]]:
+    """Labels of the last table, and what gives the cells for an optimizer and a size."""
+
+    def one(way: Way, part: str) -> Callable[[str, str], list[str]]:
+        def cells(optimizer: str, size: str) -> list[str]:
+            figure = record_of(result, way)[f"drop_{optimizer}_{size}"]
+            return [_thousandths(figure, part), *[""] * (len(KL_BUDGETS) - 1)]
+
+        return cells
+
+    def many(direction: str) -> Callable[[str, str], list[str]]:
+        def cells(optimizer: str, size: str) -> list[str]:
+            ways = (Way("vcore", direction, False, kl, "trajectory") for kl in KL_BUDGETS)
+            name = f"drop_{optimizer}_{size}"
+            return [_thousandths(record_of(result, way)[name], "gap") for way in ways]
+
+        return cells
+
+    first, *others = plain
+    return [
+        (first[0], one(first[1], "mean")),
+        *((label, one(way, "gap")) for label, way in others),
+        *((DIRECTIONS[name], many(name)) for name in STEPPED),
+    ]
+
+
+def _thousandths(figure: dict[str, Any], part: str) -> str:
+    half = figure["half" if part == "mean" else "gap_half"]
+    return f"{1e3 * figure[part]:{'+' if part == 'gap' else ''}.2f} \u00b1 {1e3 * half:.2f}"
 
 
 def _label(direction: str, preconditioned: bool) -> str:
@@ -424,45 +450,43 @@ def _multiple(figure: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    panels = (
-        ("cosine", "Cosine with the population gradient"),
-        ("preconditioned_cosine", "The same after Adam's preconditioner"),
-        ("drop_sgd", "Held-out loss drop of one SGD step"),
-        ("drop_adamw", "Held-out loss drop of one AdamW step"),
-    )
-    colours = dict(zip(DIRECTIONS, COLOURS, strict=True))
-    with figure(path, 2, 2, size=(9.5, 7.4), sharex=True) as (drawn, grid):
-        for axes, (name, title) in zip(grid.flat, panels, strict=True):
-            for direction in DIRECTIONS if "cosine" in name else STEPPED:
-                for pre in (False, True):
-                    ways = [Way("vcore", direction, pre, kl, "trajectory") for kl in KL_BUDGETS]
-                    axes.plot(
-                        KL_BUDGETS,
-                        [record_of(result, way)[name]["ratio"] for way in ways],
-                        linestyle="--" if pre else "-",
-                        color=colours[direction],
-                        marker="o",
-                        markersize=3.5,
-                    )
-            for label, way in (
-                ("DFT", Way("dft")),
-                ("shuffled", SHUFFLED),
-            ):
-                value = record_of(result, way)[name]["ratio"]
-                axes.axhline(value, color="#8a8f98", linewidth=1, linestyle=":")
-                axes.annotate(
-                    label, (KL_BUDGETS[-1], value), ha="right", va="bottom", color="#5c6068"
+    panels = {
+        "cosine": "Cosine with the population gradient",
+        "drop_sgd_tenth": "Loss drop, a tenth of an SGD step",
+        "drop_sgd_whole": "Loss drop, an SGD step",
+        "preconditioned_cosine": "Cosine after Adam's preconditioner",
+        "drop_adamw_tenth": "Loss drop, a tenth of an AdamW step",
+        "drop_adamw_whole": "Loss drop, an AdamW step",
+    }
+    colours = dict(zip(DIRECTIONS, COLOURS, strict=False))
+    with figure(path, 2, 3, size=(13, 7.4), sharex=True) as (drawn, grid):
+        for axes, (name, title) in zip(grid.flat, panels.items(), strict=True):
+            cosine = "cosine" in name
+            part, unit, level = ("ratio", 1, 1) if cosine else ("gap", 1e3, 0)
+            for direction in DIRECTIONS if cosine else STEPPED:
+                ways = [Way("vcore", direction, False, kl, "trajectory") for kl in KL_BUDGETS]
+                found = [record_of(result, way)[name] for way in ways]
+                axes.errorbar(
+                    KL_BUDGETS,
+                    [unit * figures[part] for figures in found],
+                    [unit * figures[f"{part}_half"] for figures in found],
+                    color=colours[direction],
+                    elinewidth=0.7,
+                    marker="o",
+                    markersize=3.5,
                 )
-            axes.axhline(1, color="#333333", linewidth=1.2)
-            axes.annotate("uniform", (KL_BUDGETS[0], 1), va="bottom", color="#333333")
+            for label, way in (("DFT", Way("dft")), ("shuffled", SHUFFLED)):
+                value = unit * record_of(result, way)[name][part]
+                axes.axhline(value, color="#8a8f98", linewidth=1, linestyle=":")
+                place = (KL_BUDGETS[-1], value)
+                axes.annotate(label, place, ha="right", va="bottom", color="#5c6068", fontsize=8)
+            axes.axhline(level, color="#333333", linewidth=1.2)
+            axes.annotate("uniform", (KL_BUDGETS[0], level), va="bottom", fontsize=8)
             axes.set(title=title, xscale="log")
-        for axes in grid[1]:
-            axes.set_xlabel("KL budget a trajectory (nats)")
             axes.set_xticks(KL_BUDGETS, [str(kl) for kl in KL_BUDGETS])
             axes.minorticks_off()
-        for axes in grid[:, 0]:
-            axes.set_ylabel("multiple of uniform weights")
-        lines = [Line2D([], [], color=colours[name]) for name in DIRECTIONS]
-        lines += [Line2D([], [], color="#333333", linestyle=style) for style in ("-", "--")]
-        labels = [*DIRECTIONS.values(), "direction as it is", "preconditioned by AdamW"]
-        drawn.legend(lines, labels, loc="outside lower center", ncols=3)
+            axes.set_ylabel("multiple of uniform's" if cosine else "less uniform's (1e-3 nats)")
+        for axes in grid[1]:
+            axes.set_xlabel("KL budget a trajectory (nats)")
+        lines = [Line2D([], [], color=colours[name], marker="o") for name in DIRECTIONS]
+        drawn.legend(lines, DIRECTIONS.values(), loc="outside lower center", ncols=3)

@@ -84,27 +84,23 @@ class Arm:
 
 UNIFORM = Arm("uniform", {"method": "sft"})
 EMA = {"direction": "ema", "every": 4}
+PROBE = {"direction": "probe", "every": 1}
 ARMS = {
     "clean": (
         UNIFORM,
         replace(UNIFORM, name="uniform, twice the learning rate", lr=2.0),
         Arm("EMA, KL 0.1", {**EMA, "kl_budget": 0.1}),
         Arm("EMA, KL 0.02", {**EMA, "kl_budget": 0.02}),
-        Arm("EMA, KL 0.005", {**EMA, "kl_budget": 0.005}),
-        Arm(
-            "EMA preconditioned, KL 0.02",
-            {**EMA, "kl_budget": 0.02, "direction_precondition": True},
-        ),
-        Arm("fresh probe, KL 0.02", {"direction": "probe", "every": 1, "kl_budget": 0.02}),
-        Arm("EMA, KL 0.02 falling to 0", {**EMA, "kl_budget": 0.02}, falling=True),
-        Arm("momentum, KL 0.02", {"direction": "momentum", "every": 1, "kl_budget": 0.02}),
-        Arm("shuffled, KL 0.02", {**EMA, "kl_budget": 0.02}, shuffled=True),
+        Arm("fresh probe, KL 0.1", {**PROBE, "kl_budget": 0.1}),
+        Arm("fresh probe, KL 0.02", {**PROBE, "kl_budget": 0.02}),
+        Arm("fresh probe, KL 0.005", {**PROBE, "kl_budget": 0.005}),
+        Arm("fresh probe, KL 0.02 falling to 0", {**PROBE, "kl_budget": 0.02}, falling=True),
+        Arm("shuffled, KL 0.02", {**PROBE, "kl_budget": 0.02}, shuffled=True),
     ),
     "noisy": (
         UNIFORM,
-        Arm("EMA, KL 0.02", {**EMA, "kl_budget": 0.02}),
-        Arm("EMA, KL 0.005", {**EMA, "kl_budget": 0.005}),
-        Arm("fresh probe, KL 0.02", {"direction": "probe", "every": 1, "kl_budget": 0.02}),
+        Arm("fresh probe, KL 0.02", {**PROBE, "kl_budget": 0.02}),
+        Arm("fresh probe, KL 0.005", {**PROBE, "kl_budget": 0.005}),
         Arm("DFT", {"method": "dft"}),
     ),
 }
