@@ -50,6 +50,7 @@ DIRECTIONS = {  # name: label
     "ema 0.9/8": "EMA 0.9, every 8 steps",
     "momentum": "momentum",
 }
+PRECONDITIONED = ("average", "probe")  # directions also taken after AdamW's preconditioner
 STEPPED = ("average", "probe", "ema 0.9")  # directions whose steps are taken, in every trajectory
 OPTIMIZERS = ("sgd", "adamw")
 SIZES = {"whole": 1.0, "tenth": 0.1}  # of the step that uniform weights would take
@@ -76,7 +77,7 @@ class DescentSetting(Setting):
     spacing: int = 13
     population: int = 256
     judged: int = 64
-    run_lr: float = 1e-3
+    run_lr: float = 3e-4
 
 
 FULL = DescentSetting.full()
@@ -185,7 +186,7 @@ class Point:
         generator = torch.Generator().manual_seed(seed)
         for name in DIRECTIONS:
             direction = directions[name]
-            for preconditioned in (False, True):
+            for preconditioned in (False, True)[: 1 + (name in PRECONDITIONED)]:
                 taken = (
                     {n: g * self.rates[n] for n, g in direction.items()}
                     if preconditioned
@@ -337,9 +338,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
         (_label(name, pre), Way("vcore", name, pre, 0.1, "trajectory"))
         for name in DIRECTIONS
         for pre in (False, True)
+        if not pre or name in PRECONDITIONED
     ]
     grid = [
-        (name, pre, scope) for name in DIRECTIONS for pre in (False, True) for scope in KL_SCOPES
+        (name, pre, scope)
+        for name in DIRECTIONS
+        for pre in (False, True)
+        for scope in KL_SCOPES
+        if not pre or name in PRECONDITIONED
     ]
     drops = _drop_rows(result, plain)
     note = (
@@ -432,12 +438,7 @@ def _thousandths(figure: dict[str, Any], part: str) -> str:
 
 
 def _label(direction: str, preconditioned: bool) -> str:
-    label = (
-        "adam (momentum" if direction == "momentum" and preconditioned else DIRECTIONS[direction]
-    )
-    if not preconditioned:
-        return label
-    return f"{label}, preconditioned" + (")" if direction == "momentum" else "")
+    return DIRECTIONS[direction] + (", preconditioned" if preconditioned else "")
 
 
 def _cells(figures: dict[str, dict[str, Any]], name: str) -> list[str]:
