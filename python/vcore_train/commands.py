@@ -193,7 +193,7 @@ def train(
     ] = None,
     kl_budget: Annotated[
         float | None,
-        option("Sharpest weights within this KL from uniform, nats.", default="0.1", panel=WEIGHTS),
+        option("Sharpest weights within this KL from uniform, nats.", default="0.02", panel=WEIGHTS),
     ] = None,
     tau: Annotated[float | None, option("Instead: factor on the utilities.", panel=WEIGHTS)] = None,
     temperature: Annotated[float | None, option("Instead: 1 / tau.", panel=WEIGHTS)] = None,
@@ -435,7 +435,7 @@ def show_weights(
     row: Annotated[int, option("Which row, counted from 1.")] = 1,
     prompt: Annotated[str | None, option("Instead of a row: a prompt ...")] = None,
     response: Annotated[str | None, option("... and its response.")] = None,
-    kl_budget: Annotated[float | None, option("KL from uniform, nats.", default="0.1")] = None,
+    kl_budget: Annotated[float | None, option("KL from uniform, nats.", default="0.02")] = None,
     tau: Annotated[float | None, option("Instead: factor on the utilities.")] = None,
     temperature: Annotated[float | None, option("Instead: 1 / tau.")] = None,
     probe_rows: Annotated[int, option("Rows whose mean gradient is the descent direction.")] = 64,

@@ -12,7 +12,7 @@ UTILITY_METHODS = ("jvp", "central", "finite_difference")
 VARIANCE_CONTROLS = ("utility", "trajectory", "ess", "loss", "none")
 KL_SCOPES = ("trajectory", "batch")
 IW_LEVELS = ("sequence", "token")
-DEFAULT_KL_BUDGET = 0.1  # nats
+DEFAULT_KL_BUDGET = 0.02  # nats
 # Optimizers of transformers that keep their moments in the parameters' own layout and precision.
 ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 MOMENTUM_OPTIMIZERS = (*ADAM_OPTIMIZERS, "sgd")
@@ -34,7 +34,8 @@ class VcoreConfig(TrainingArguments):
 
     Which utilities (method ``"vcore"``):
         direction: where the descent direction g comes from. ``"probe"``: the gradient of the
-            uniform loss on fresh examples. ``"ema"``: an exponential average of such gradients.
+            uniform loss on fresh examples. ``"ema"``: an exponential average of such gradients,
+            less noisy and staler: where a step moves the model far, what it averages is used up.
             ``"momentum"``, ``"adam"``: the optimizer's own average, which costs nothing but is an
             average of *reweighted* gradients and so feeds on itself.
         direction_precondition: divide g by the root of Adam's second moment (``g / (sqrt(v) +
@@ -68,7 +69,9 @@ class VcoreConfig(TrainingArguments):
     Which weights (method ``"vcore"``):
         kl_budget, temperature, tau: at most one of the three. ``kl_budget`` (nats) takes the
             sharpest weights within that divergence from uniform, ``tau`` multiplies the utilities,
-            ``temperature`` divides them. None of the three means ``kl_budget=0.1``.
+            ``temperature`` divides them. None of the three means ``kl_budget=0.02``, at which a
+            step has most of the gain that larger budgets have. A budget is also about what
+            held-out loss a run may lose: the weights tilt the data that far (docs/studies.md).
         kl_scope: the budget holds in each ``"trajectory"``, or on average over the ``"batch"``,
             which is the whole optimizer step.
         variance_control: ``"utility"``, ``"trajectory"``, ``"ess"``, ``"loss"`` or ``"none"``: how

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from vcore_train.arithmetic import Problem, answer_of, generate_problems
-from vcore_train.config import VcoreConfig
+from vcore_train.config import DEFAULT_KL_BUDGET, VcoreConfig
 from vcore_train.data import Example, encode, prompt_tokens
 from vcore_train.evaluation import RowLosses, greedy_responses, row_losses
 from vcore_train.models import Size, new_model
@@ -52,8 +52,8 @@ class Scale:
     operations: int = 3
     start_lr: float = 3e-3
     lr: float = 1.5e-3
-    kl_budget: float = 0.02
-    direction: str = "ema"
+    kl_budget: float = DEFAULT_KL_BUDGET
+    direction: str = VcoreConfig.direction
     probe_rows: int = 64
     timed_rounds: int = 7
 

@@ -9,7 +9,7 @@ def config(tmp_path, **options):
 def test_defaults(tmp_path):
     args = config(tmp_path, per_device_train_batch_size=3)
     assert args.method == "vcore"
-    assert args.sharpness == {"kl_budget": 0.1}
+    assert args.sharpness == {"kl_budget": 0.02}
     assert args.probe_batch_size == 3
     assert args.remove_unused_columns is False
 
