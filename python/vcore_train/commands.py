@@ -193,7 +193,9 @@ def train(
     ] = None,
     kl_budget: Annotated[
         float | None,
-        option("Sharpest weights within this KL from uniform, nats.", default="0.02", panel=WEIGHTS),
+        option(
+            "Sharpest weights within this KL from uniform, nats.", default="0.02", panel=WEIGHTS
+        ),
     ] = None,
     tau: Annotated[float | None, option("Instead: factor on the utilities.", panel=WEIGHTS)] = None,
     temperature: Annotated[float | None, option("Instead: 1 / tau.", panel=WEIGHTS)] = None,
