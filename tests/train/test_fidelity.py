@@ -11,10 +11,10 @@ import pytest
 import torch
 from exact import exact_utilities
 from tiny import with_lora
-from trained import arithmetic_batches, train, trained_qwen3
+from trained import arithmetic_batches, train, trained_model, trained_qwen3
 from vcore_train.directions import descent_direction
 from vcore_train.modeling import supervised_labels
-from vcore_train.utilities import token_utilities_and_nll
+from vcore_train.utilities import token_utilities, token_utilities_and_nll
 
 
 class Agreement(NamedTuple):
@@ -43,6 +43,9 @@ def agreement(estimate, truth, mask):
     )
 
 
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @pytest.fixture(scope="module")
 def base():
     return trained_qwen3(40, layers=3, hidden=64)
@@ -53,8 +56,7 @@ def trained(base, request):
     """(model, batch, direction) with a direction from other batches."""
     model = copy.deepcopy(base)
     if request.param == "lora":
-        targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        model = with_lora(model, targets=targets)
+        model = with_lora(model, targets=ALL_LINEAR)
         train(model, arithmetic_batches(5, seed=5), 1e-3)
     batch, *others = arithmetic_batches(4, seed=99)
     return model, batch, descent_direction(model, others)
@@ -112,3 +114,39 @@ def test_fidelity(trained, request):
         if least is not None:
             values = measured[name] if method == "jvp" else measured[name][:1]
             assert min(values) >= least, f"{name}: {measured[name]}"
+
+
+FAMILIES = {
+    "llama": {"tie_word_embeddings": False},
+    "gemma2": {
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fidelity_of_other_families(family):
+    """The forward-mode derivative in 16 bits; test_fidelity has Qwen3."""
+    model = trained_model(family, 20, **FAMILIES[family])
+    adapted = with_lora(copy.deepcopy(model), targets=ALL_LINEAR)
+    train(adapted, arithmetic_batches(3, seed=5), 1e-3)
+    batch, other = arithmetic_batches(2, seed=99)
+    mask = supervised_labels(batch) != -100
+    print(f"\n{family}: {int(mask.sum())} tokens")
+    for name, probed, cast in (
+        ("bf16 autocast", model, True),
+        ("bf16 weights", rounded(model), False),
+        ("LoRA over bf16", rounded(adapted), False),
+        ("LoRA, bf16 autocast", adapted, True),
+    ):
+        direction = descent_direction(probed, other)
+        truth = exact_utilities(probed, batch, direction)
+        with torch.autocast("cpu", torch.bfloat16) if cast else nullcontext():
+            utility = token_utilities(probed, batch, direction)
+        a = agreement(utility, truth, mask)
+        print(f"{name:56s} {a[0]:7.5f} {a[1]:7.5f} {a[2]:15.5f} {a[3]:7.5f}")
+        assert a.pearson >= 0.999
+        assert a.within_pearson >= 0.999

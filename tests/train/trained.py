@@ -1,4 +1,4 @@
-"""A small Qwen3 trained for a few seconds on generated arithmetic: losses like real ones."""
+"""Small models trained for a few seconds on generated arithmetic: losses like real ones."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,20 +32,24 @@ def arithmetic_batches(count, *, size=8, seed=0):
 
 def trained_qwen3(steps=60, *, seed=0, layers=4, hidden=128, **overrides):
     """A byte-level Qwen3 after ``steps`` of AdamW, fp32 weights."""
+    return trained_model("qwen3", steps, seed=seed, layers=layers, hidden=hidden, **overrides)
+
+
+def trained_model(model_type, steps, *, seed=0, layers=2, hidden=64, **overrides):
+    """A byte-level causal LM of ``model_type`` after ``steps`` of AdamW, fp32 weights."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=128,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        **overrides,
-    )
+    options = {
+        "vocab_size": 128,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    }
+    config = AutoConfig.for_model(model_type, **{**options, **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     train(model, arithmetic_batches(steps, seed=seed), 3e-3)
     return model
