@@ -1,4 +1,4 @@
-"""Attention with a tangent beside PyTorch's own, and the dual pass of a model, in one process.
+"""Attention with a tangent beside PyTorch's own, in one process.
 
     python -m pytest benchmarks/bench_attention.py -q (--benchmark-json=FILE keeps the figures)
 
@@ -54,49 +54,3 @@ def test_attention(benchmark, batch, length, capsys):
         torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
     with torch.no_grad():
         compare(benchmark, capsys, f"bf16, B={batch} T={length} H=8/4 D=64", subjects)
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["all parameters", "LoRA"])
-def test_dual_pass(benchmark, lora, capsys):
-    """Utilities of 4 x 512 tokens, 6-layer Qwen3 with H = 512, bf16, in units of a forward pass."""
-    transformers = pytest.importorskip("transformers")
-    import peft
-    from vcore_train import attention
-    from vcore_train.modeling import token_nll, trainable_parameters
-    from vcore_train.utilities import token_utilities
-
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-    )
-    model = transformers.Qwen3ForCausalLM(config).bfloat16()
-    if lora:
-        model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
-        model = model.bfloat16()
-    model.eval()
-    inputs = {"input_ids": torch.randint(0, 8192, (4, 512))}
-    inputs["labels"] = inputs["input_ids"]
-    direction = {n: torch.randn_like(p) for n, p in trainable_parameters(model).items()}
-
-    def with_eager_attention():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "serves", lambda lm: False)
-            return token_utilities(model, inputs, direction)
-
-    def ours():
-        return token_utilities(model, inputs, direction)
-
-    agreement = torch.corrcoef(torch.stack([ours().flatten(), with_eager_attention().flatten()]))
-    assert agreement[0, 1] > 0.99
-    subjects = {
-        "forward, SDPA": torch.no_grad()(lambda: token_nll(model, inputs)),
-        "dual pass": ours,
-        "dual pass, eager attention": with_eager_attention,
-    }
-    compare(benchmark, capsys, "Qwen3, 6 layers, 4 x 512, " + ("LoRA" if lora else "all"), subjects)
