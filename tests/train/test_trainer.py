@@ -197,6 +197,9 @@ def test_every_direction_and_utility_method(tmp_path, direction, utility_method)
     kl = logged(trainer, "kl")
     assert kl == pytest.approx([0.05] * 3, abs=1e-4)
     assert all(0 < share < 1 for share in logged(trainer, "probe_time_share"))
+    snr = logged(trainer, "utility_snr")
+    assert len(snr) == (0 if utility_method == "jvp" else 3)
+    assert all(ratio > 10 for ratio in snr)
 
 
 def test_random_keeps_a_share_and_repeats_it(tmp_path):

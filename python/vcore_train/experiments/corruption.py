@@ -194,6 +194,8 @@ def all_weights(
                 directions[estimator.direction],
                 method=estimator.method,
                 epsilon=estimator.epsilon,
+                # The paper's formula takes the losses of both points.
+                head="pair" if estimator.method == "finite_difference" else "linear",
             )
         q = gibbs_weights(
             utility, mask=mask, kl_budget=DEFAULT_KL_BUDGET, kl_scope=VcoreConfig.kl_scope

@@ -118,6 +118,8 @@ def measure(context: Context) -> dict[str, Any]:
                     case.direction,
                     method=estimator.method,
                     epsilon=estimator.epsilon,
+                    # The paper's formula takes the losses of both points.
+                    head="pair" if estimator.method == "finite_difference" else "linear",
                 )
             records.append(
                 {
