@@ -149,10 +149,10 @@ def test_timed_steps_take_a_fresh_direction_each(small, tmp_path, monkeypatch):
     )
     trainer.train()
     taken = []
-    original = direction_schedule.descent_direction
+    original = direction_schedule.update_direction
     monkeypatch.setattr(
         direction_schedule,
-        "descent_direction",
+        "update_direction",
         lambda *args, **kwargs: taken.append(1) or original(*args, **kwargs),
     )
     seconds = interleaved_step_seconds({"vcore": trainer}, rounds=2)
