@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from benchmarks.bench_attention import compare
+from benchmarks.measure import compare
 from vcore_kernels import weighted_linear_nll
 
 RESPONSES, LENGTH = 64, 128
