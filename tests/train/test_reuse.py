@@ -172,10 +172,10 @@ def dual(tensor):
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def test_direction_of_the_head_alone():
-    model, batch = full("llama"), BATCHES["padded right"]
-    parameters = trainable_parameters(model)
-    direction = random_direction({"lm_head.weight": parameters["lm_head.weight"]})
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"], ids=["untied", "tied"])
+def test_direction_of_the_head_alone(model_type):
+    model, batch = full(model_type), BATCHES["padded right"]
+    direction = random_direction({"lm_head.weight": model.lm_head.weight})
     weights = token_weights(batch)
     expected = ordinary(model, batch, weights)
     reference = token_utilities_and_nll(model, batch, direction)
