@@ -129,6 +129,7 @@ def measure(context: Context) -> dict[str, Any]:
                     "method": estimator.method,
                     "epsilon": estimator.epsilon,
                     "epsilon_taken": out.epsilon,
+                    "snr": out.snr,
                     **agreement(out.utility, case.truth, mask),
                 }
             )
@@ -206,7 +207,7 @@ def _values(
     estimator: Estimator,
     precision: str,
     architecture: str = "qwen3",
-) -> list[float]:
+) -> list[Any]:
     """Figure ``name``, one a seed."""
     return [
         record[name]
@@ -272,7 +273,21 @@ def tables(result: dict[str, Any]) -> list[Table]:
             "layer.",
         ),
         Table("The steps that were chosen", ("estimator", *PRECISIONS), steps),
+        Table(
+            "Signal-to-noise ratio that the differences report of themselves, lowest seed",
+            ("estimator", *PRECISIONS),
+            [
+                [_label(e), *(_lowest(_values(result, "snr", e, p)) for p in PRECISIONS)]
+                for e in ESTIMATORS
+                if e != JVP
+            ],
+        ),
     ]
+
+
+def _lowest(ratios: list[float | None]) -> str:
+    """None: no noise was found to compare with."""
+    return "" if None in ratios else f"{min(r for r in ratios if r is not None):.2g}"
 
 
 STYLES: dict[Method, str] = {"finite_difference": "-", "central": "--"}
