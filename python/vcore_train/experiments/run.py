@@ -376,6 +376,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
                     *(("spikes", 1), ("clipped", 2), ("loss", 4)),
                 )
             ]
+            if control == UNIFORM:
+                cells[0] = ""  # it has no alpha
             rows.append([optimizer, control.name, *cells])
     columns = (
         *("optimizer", "variance control", "alpha", "gradient norm", "gradient variance"),
