@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,6 +93,7 @@ ARMS = {
         Arm("EMA, KL 0.02", {**EMA, "kl_budget": 0.02}),
         Arm("fresh probe, KL 0.1", {**PROBE, "kl_budget": 0.1}),
         Arm("fresh probe, KL 0.02", {**PROBE, "kl_budget": 0.02}),
+        Arm("fresh probe, KL 0.005", {**PROBE, "kl_budget": 0.005}),
         Arm("shuffled, KL 0.02", {**PROBE, "kl_budget": 0.02}, shuffled=True),
     ),
     "noisy": (
@@ -356,7 +358,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
                     interval(final(result, data, arm)).text(4),
                     "" if arm == UNIFORM.name else _signed(gap(result, data, arm)),
                     f"{100 * accuracy.mean:.2f}",
-                    f"{sum(seconds) / sum(base):.2f}",
+                    "" if isnan(sum(seconds)) else f"{sum(seconds) / sum(base):.2f}",
                 ]
             )
         headings = ("weights", "held-out loss", "minus uniform", "next token, %", "step time")
@@ -430,5 +432,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
 HIGHEST = 0.5  # nats that the plot reaches
 COLOURS = (  # one an arm
     *("#333333", "#8a8f98", "#8d5fb0", "#c58fdc"),
-    *("#c8452f", "#e8917f", "#2a9d6f", "#c98a1b"),
+    *("#c8452f", "#e8917f", "#c98a1b", "#2a9d6f", "#3b6fb6"),
 )
