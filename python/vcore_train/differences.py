@@ -29,8 +29,9 @@ of its weights.
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakSet
@@ -44,7 +45,7 @@ from vcore_kernels import linear_nll_jvp, linear_nll_pair
 from vcore_kernels.perturbed import perturbed
 from vcore_train.direction_tensors import norm_of, wide
 from vcore_train.modeling import IGNORE_INDEX, Head, causal_lm, head_of, hidden_states, probing
-from vcore_train.probed import Probed, TokenUtilities
+from vcore_train.probed import Probed, TokenUtilities, in_their_places
 from vcore_train.shared_trunk import SharedTrunk
 
 logger = logging.getLogger("vcore_train")
@@ -234,7 +235,9 @@ def _search(model, labels, probed, measure, central) -> tuple[float, _Measured]:
     """A step that changes the losses as ``_TARGETS`` says, and losses and changes there."""
     factor, power = _TARGETS[central]
     target = factor * _machine_epsilon(model) ** power
-    theta = norm_of([p.parameter.detach() for p in probed.values()]) or 1.0
+    theta = norm_of([p.parameter.detach() for p in probed.values()])
+    if not (theta > 0 and math.isfinite(theta)):  # of NaN weights, NaN utilities are the answer
+        theta = 1.0
     epsilon = 0.05 * target * theta / (norm_of([p.direction for p in probed.values()]) or theta)
     for attempt in range(1, _TRIES + 1):
         measured = measure(epsilon)
@@ -299,23 +302,25 @@ def _head_tangents(
     model: nn.Module, probed: Mapping[str, Probed], span: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the head's weight and bias change by over ``span`` steps of g, to first order."""
-    for p in probed.values():
-        if p.head_alone:
-            return p.direction * span, None
+    weight = bias = None
     of_head = set(causal_lm(model).get_output_embeddings().parameters())
-    moving = {n: p for n, p in probed.items() if p.parameter in of_head}
-    if not moving:
-        return None, None
+    moving = [p for p in probed.values() if p.parameter in of_head and not p.head_alone]
     with fwAD.dual_level():
         duals = {
-            f"model.{name}": fwAD.make_dual(
+            p.parameter: fwAD.make_dual(
                 p.parameter.detach(), (p.direction * span).to(p.parameter.dtype)
             )
-            for name, p in moving.items()
+            for p in moving
         }
-        head = functional_call(_HeadOnly(model), duals, ())
+        head_only = _HeadOnly(model)
+        places = in_their_places(head_only, duals)
+        head = functional_call(head_only, places, (), tie_weights=False)
+        weight = fwAD.unpack_dual(head.weight).tangent
         bias = None if head.bias is None else fwAD.unpack_dual(head.bias).tangent
-        return fwAD.unpack_dual(head.weight).tangent, bias
+    for p in probed.values():
+        if p.head_alone:
+            weight = p.direction * span
+    return weight, bias
 
 
 def _pair(first: _Point, last: _Point, labels: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -349,11 +354,27 @@ def _moved(pairs: list[tuple[Tensor, Tensor]], step: float) -> Iterator[None]:
     tensors, directions = [t for t, _ in pairs], [g for _, g in pairs]
     narrow = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
     rounding: Literal["nearest", "stochastic"] = "stochastic" if narrow else "nearest"
-    if step < 0:
-        torch._foreach_neg_(directions)
+    with (
+        _negated(directions) if step < 0 else nullcontext(directions) as signed,
+        perturbed(tensors, signed, abs(step), rounding=rounding),
+    ):
+        yield
+
+
+@contextmanager
+def _negated(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """``-t`` for each, inside in the place of t; of those that share or repeat memory, copies."""
+    uses = Counter(t.untyped_storage().data_ptr() for t in tensors)
+    alone = [
+        t.is_contiguous() and not t.is_inference() and uses[t.untyped_storage().data_ptr()] == 1
+        for t in tensors
+    ]
+    turned = [t for t, own in zip(tensors, alone, strict=True) if own]
+    signed = [t if own else t.neg() for t, own in zip(tensors, alone, strict=True)]
+    for t in turned:
+        t.neg_()
     try:
-        with perturbed(tensors, directions, abs(step), rounding=rounding):
-            yield
+        yield signed
     finally:
-        if step < 0:
-            torch._foreach_neg_(directions)
+        for t in turned:
+            t.neg_()

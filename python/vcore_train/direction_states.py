@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,13 +95,18 @@ class DirectionState:
         cls: type[State], path: str | os.PathLike, device: str | torch.device = "cpu"
     ) -> State:
         """The state that :meth:`save` wrote, on ``device``. Raises ValueError for other files."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            values = json.loads((file.metadata() or {}).get("direction", "{}"))
-            if values.get("kind") != cls.kind:
-                raise ValueError(f"{cls.__name__}: {path} was not written by {cls.__name__}.save.")
-            state = cls()
-            state._set_values(values)
-            state.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        foreign = f"{cls.__name__}: {path} was not written by {cls.__name__}.save."
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                values = json.loads((file.metadata() or {}).get("direction", "{}"))
+                if values.get("kind") != cls.kind:
+                    raise ValueError(foreign)
+                state = cls()
+                state._set_values(values)
+                names = file.keys()
+                state.tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{foreign} {error}") from error
         return state
 
     def _values(self) -> dict[str, Any]:

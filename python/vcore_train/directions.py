@@ -228,6 +228,8 @@ def uniform_gradient(
             _graph_from(model, [p for name, p in leaves.items() if name != alone]),
         ):
             loss = token_nll(model, batch, head=head, backend=backend).sum()
+            if not loss.requires_grad:  # none of them is read (experts of other tokens, say)
+                continue
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:

@@ -70,14 +70,17 @@ class _Linears(TorchFunctionMode):
             tensors = (*args, *kwargs.values())
             plain = all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors)
             if plain and any(map(dual_ops.has_tangent, tensors)):
+                if "input" in kwargs:  # PyTorch's name of the first argument
+                    args = (kwargs["input"],)
+                    kwargs = {k: v for k, v in kwargs.items() if k != "input"}
                 return dual_ops.linear(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 # ---- which modules ----
 
-# The forward that was compared, and what was found.
-_verified: WeakKeyDictionary[nn.Module, tuple[Callable, Any]] = WeakKeyDictionary()
+# The forward and activation that were compared, and what was found.
+_verified: WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class _Kind:
     """A sort of module and how to replace its forward."""
 
     verify: Callable[[nn.Module], Any]  # what the replacement needs to know, None: unlike it
-    forward: Callable[..., Any]  # (module, what verify returned, *arguments of forward)
+    forward: Callable[[Any, Any, Tensor], Any]  # (module, what verify returned, input)
 
 
 def _kind(module: nn.Module) -> _Kind | None:
@@ -101,12 +104,32 @@ def _kind(module: nn.Module) -> _Kind | None:
 def _replacement(module: nn.Module, kind: _Kind) -> Callable[..., Any] | None:
     if any(_is_touched(m) for m in module.modules()):
         return None
-    forward = type(module).forward
+    # A class may be given another forward, too.
+    compared = type(module).forward, getattr(module, "act_fn", None)
     known = _verified.get(module)
-    if known is None or known[0] is not forward:  # a class may be given another forward, too
-        known = _verified[module] = forward, kind.verify(module)
+    if known is None or known[0] != compared:
+        known = _verified[module] = compared, _verify(module, kind)
     facts = known[1]
-    return None if facts is None else partial(kind.forward, module, facts)
+    return None if facts is None else partial(_forward, module, kind, facts)
+
+
+def _verify(module: nn.Module, kind: _Kind) -> Any:
+    try:
+        return kind.verify(module)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        # It takes other arguments, or other dtypes, than the replacement.
+        logger.debug("dual pass: %s is left alone: %s", type(module).__name__, error)
+        return None
+
+
+def _forward(module: nn.Module, kind: _Kind, facts: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """The replacement, where the call has its one argument and nothing else.
+
+    Not where torch.compile traces it, which sees no tangents: what it traced would drop them.
+    """
+    if torch.compiler.is_compiling() or len(args) != 1 or kwargs:
+        return _own(module, *args, **kwargs)
+    return kind.forward(module, facts, args[0])
 
 
 def _is_touched(module: nn.Module) -> bool:
@@ -126,21 +149,23 @@ def _own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _agree(value: Tensor, expected: Any, dtype: torch.dtype) -> bool:
     """Within the rounding of ``dtype``, row by row, so that large rows (which a clamp would cut)
-    and small ones both count."""
+    and small ones both count. Rows of zeros agree with anything, so they prove nothing."""
     if not isinstance(expected, Tensor):
         return False
     if (value.shape, value.dtype) != (expected.shape, expected.dtype):
         return False
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     value, expected = value.double(), expected.double()
-    error = (value - expected).abs().amax(-1)
-    return bool((error <= _TOLERANCE * eps * expected.abs().amax(-1)).all())
+    error, size = (value - expected).abs().amax(-1), expected.abs().amax(-1)
+    return bool(((error <= _TOLERANCE * eps * size) & (size > 0)).all())
 
 
-def _rows(width: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Three random rows [1, 3, width] of sizes 0.1, 1 and 30."""
-    rows = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0))
-    rows = rows * torch.tensor([0.1, 1.0, 30.0])[:, None]
+def _rows(
+    width: int, like: Tensor, dtype: torch.dtype | None = None, sizes: tuple = (0.1, 1.0, 30.0)
+) -> Tensor:
+    """Random rows [1, len(sizes), width] of these sizes."""
+    rows = torch.randn(1, len(sizes), width, generator=torch.Generator().manual_seed(0))
+    rows = rows * torch.tensor(sizes)[:, None]
     return rows.to(like.device, dtype or like.dtype)
 
 
@@ -183,11 +208,11 @@ def _norm_agrees(module: nn.Module, facts: _NormFacts, weight: Tensor, dtype: to
     return _agree(value, expected, dtype)
 
 
-def _norm(module: nn.Module, facts: _NormFacts, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _norm(module: nn.Module, facts: _NormFacts, x: Tensor) -> Any:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if args or kwargs or not (dual_ops.has_tangent(x) or dual_ops.has_tangent(weight)):
-        return _own(module, x, *args, **kwargs)
+    if not (dual_ops.has_tangent(x) or dual_ops.has_tangent(weight)):
+        return _own(module, x)
     return dual_ops.rms_norm(
         x, weight, getattr(module, facts.eps), facts.offset, facts.out_dtype(x, weight)
     )
@@ -215,15 +240,16 @@ def _verify_gated(module: Any) -> str | None:
     width = getattr(gate, "in_features", None)
     if width is None or weight is None or not weight.is_floating_point() or weight.is_meta:
         return None
-    x = _rows(width, weight)
+    # Some architectures clamp inside, at 7 or 16, say, which only the outliers of a trained model
+    # reach: the last row goes beyond. (In float16 it would overflow.)
+    far = 300.0 if weight.dtype == torch.float16 else 1e5
+    x = _rows(width, weight, sizes=(0.1, 1.0, 30.0, far))
     product = dual_ops.ACTIVATIONS[activation](gate(x)) * module.up_proj(x)
     agrees = _agree(module.down_proj(product), _own(module, x), x.dtype)
     return activation if agrees else None
 
 
-def _gated(module: Any, activation: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs:
-        return _own(module, x, *args, **kwargs)
+def _gated(module: Any, activation: str, x: Tensor) -> Any:
     return module.down_proj(dual_ops.gated(module.gate_proj(x), module.up_proj(x), activation))
 
 
@@ -276,9 +302,9 @@ def _adapters(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def _lora(module: Any, verified: bool, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if args or kwargs or not _is_plain_lora(module) or not _moves(module, x):
-        return _own(module, x, *args, **kwargs)
+def _lora(module: Any, verified: bool, x: Tensor) -> Any:
+    if not _is_plain_lora(module) or not _moves(module, x):
+        return _own(module, x)
     y = module.base_layer(x)
     dtype = y.dtype
     for name in _adapters(module):

@@ -262,18 +262,30 @@ def segment_starts(inputs: Mapping[str, Any]) -> Tensor:
 def check_packing(inputs: Mapping[str, Any]) -> None:
     """Raises ValueError where ``cu_seq_lens_q`` of a packed batch does not fit the batch.
 
-    That is where it leaves the batch, or where it and ``position_ids`` begin supervised
-    trajectories at different tokens: attention would cut one of them in two, or join two.
+    That is where it does not begin at 0, leaves the batch or goes on from one row into the next,
+    or where it and ``position_ids`` begin supervised trajectories at different tokens: attention
+    would cut one of them in two, or join two.
     """
     boundaries, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
     if boundaries is None:
         return
     labels = supervised_labels(inputs).flatten()
     boundaries = boundaries.to(labels.device, torch.int64)
-    if bool((boundaries.diff() < 0).any()) or not 0 <= int(boundaries[-1]) <= labels.numel():
+    rises = boundaries.numel() > 0 and boundaries[0] == 0 and bool((boundaries.diff() >= 0).all())
+    if not (rises and boundaries[-1] <= labels.numel()):
         raise ValueError(
             f"cu_seq_lens_q must rise from 0 to at most the batch's {labels.numel()} tokens, got "
             f"{boundaries.tolist()[:8]}{'...' if boundaries.numel() > 8 else ''}."
+        )
+    rows = inputs["labels"].shape[0]
+    starts = torch.arange(rows, device=labels.device) * (labels.numel() // max(rows, 1))
+    supervised = (labels != IGNORE_INDEX).view(rows, -1).any(-1)
+    across = supervised & (starts < boundaries[-1]) & ~torch.isin(starts, boundaries)
+    if bool(across.any()):
+        at = int(starts[across][0])
+        raise ValueError(
+            f"cu_seq_lens_q cuts a trajectory at token {at}, where a row of the batch begins, and "
+            f"no token sees another row. Put {at} among the boundaries, or pack into one row."
         )
     if positions is None or positions.numel() != labels.numel():
         return

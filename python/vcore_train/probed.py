@@ -27,6 +27,20 @@ class Probed(NamedTuple):
     head_alone: bool = False  # of a weight shared with the embeddings, the head's use alone moves
 
 
+def in_their_places(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+    """``values`` by name for ``functional_call(model, ..., tie_weights=False)``.
+
+    A parameter has a name for each module that holds it, so that all its uses change. A module has
+    one name: where it stands in the model twice, functional_call would not put it back.
+    """
+    return {
+        f"{path}.{name}" if path else name: values[parameter]
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in values
+    }
+
+
 def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[str, Probed]:
     """``direction`` beside the parameters it moves, by name.
 

@@ -77,7 +77,8 @@ class SharedTrunk:
 
         early: list[bool] = []
         with ExitStack() as stack:
-            stack.callback(self._layers[-1].register_forward_hook(keep).remove)
+            # Ahead of other hooks, which run in every pass.
+            stack.callback(self._layers[-1].register_forward_hook(keep, prepend=True).remove)
             for module in self._outside:
                 stack.callback(module.register_forward_pre_hook(read).remove)
             if self._next is not None:

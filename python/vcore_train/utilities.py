@@ -39,7 +39,7 @@ from vcore_train.modeling import (
     verify_head,
 )
 from vcore_train.parameter_choice import some
-from vcore_train.probed import Probed, TokenUtilities, match_direction
+from vcore_train.probed import Probed, TokenUtilities, in_their_places, match_direction
 
 __all__ = [
     "ForwardDerivativeError",
@@ -230,15 +230,16 @@ def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
     both = _DecoderAndHead(model)
     with probing(model, attention=implementation), dual_layers(model), fwAD.dual_level():
         duals = {
-            f"model.{name}": fwAD.make_dual(
+            p.parameter: fwAD.make_dual(
                 p.parameter if graph else p.parameter.detach(),
                 _scaled(p.direction, scale).to(p.parameter.dtype),
             )
-            for name, p in probed.items()
+            for p in probed.values()
             if p.moves and not p.head_alone
         }
+        places = in_their_places(both, duals)
         with _explained(model), _PlainTangents() if graph else _NoLostTangents():
-            hidden, head = functional_call(both, duals, (inputs,))
+            hidden, head = functional_call(both, places, (inputs,), tie_weights=False)
         hidden, hidden_tangent = fwAD.unpack_dual(hidden)
         weight, weight_tangent = fwAD.unpack_dual(head.weight)
         bias, bias_tangent = (None, None) if head.bias is None else fwAD.unpack_dual(head.bias)

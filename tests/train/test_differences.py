@@ -232,3 +232,42 @@ def test_adapters_on_late_layers_share_the_trunk():
     utility = token_utilities(model, inputs, direction, method="central")
     assert ran.count(0) == 1
     torch.testing.assert_close(utility, exact, rtol=0.02, atol=0.01 * float(exact.abs().max()))
+
+
+def test_hooks_on_shared_layers_run_once_a_pass():
+    model = tiny_model("llama", attention_dropout=0.0)
+    model.model.layers[-1].register_forward_hook(lambda module, args, out: out + 1.0)
+    direction = descent_direction(model, padded_batch(), params=["lm_head", "model.norm.weight"])
+    exact = token_utilities(model, padded_batch(), direction)
+    utility = token_utilities(model, padded_batch(), direction, method="central")
+    torch.testing.assert_close(utility, exact, rtol=0.01, atol=0.01 * float(exact.abs().max()))
+
+
+def test_a_direction_whose_tensors_share_memory():
+    model = tiny_model("gpt2", n_embd=32, n_head=4, n_layer=2, n_positions=64)
+    shared = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    direction = {f"transformer.h.{n}.attn.c_proj.weight": shared for n in range(2)}
+    direction["transformer.ln_f.weight"] = torch.ones(()).expand(32)
+    before = shared.clone()
+    exact = token_utilities(model, padded_batch(), direction)
+    utility = token_utilities(model, padded_batch(), direction, method="central")
+    torch.testing.assert_close(utility, exact, rtol=0.01, atol=0.01 * float(exact.abs().max()))
+    assert torch.equal(shared, before)
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_the_bias_of_a_tied_head_moves_too(method):
+    model = tiny_model("phi", tie_word_embeddings=True)
+    direction = descent_direction(model, padded_batch(), params="lm_head")
+    assert direction.keys() == {"lm_head.weight", "lm_head.bias"}
+    exact = token_utilities(model, padded_batch(), direction)
+    utility = token_utilities(model, padded_batch(), direction, method=method)
+    torch.testing.assert_close(utility, exact, rtol=0.01, atol=0.01 * float(exact.abs().max()))
+
+
+def test_weights_with_nan_give_nan():
+    model, batch = tiny_model("qwen3"), padded_batch()
+    direction = random_direction(trainable_parameters(model))
+    token_utilities(model, batch, direction)
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    assert token_utilities(model, batch, direction, method="central").isnan().any()

@@ -248,6 +248,17 @@ def test_a_foreign_file_is_refused(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"not written by EmaDirection\.save"):
         EmaDirection.load(tmp_path / "other.safetensors")
+    torch.save({"w": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"not written by EmaDirection\.save"):
+        EmaDirection.load(tmp_path / "other.pt")
+
+
+def test_a_parameter_that_nothing_reads_has_a_zero_gradient():
+    model = tiny_model("llama")
+    model.unused = torch.nn.Linear(3, 3)
+    direction = descent_direction(model, padded_batch(), params="unused.*")
+    assert direction.keys() == {"unused.weight", "unused.bias"}
+    assert not any(bool(g.any()) for g in direction.values())
 
 
 # ---- optimizers ----

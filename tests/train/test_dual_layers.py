@@ -124,7 +124,7 @@ def test_what_only_looks_alike_is_left_alone():
     second.mlp.act_fn = torch.nn.Mish()
     assert replaced_in(model) == {"Qwen3RMSNorm": 8}
     second.mlp.act_fn = torch.nn.SiLU()
-    assert replaced_in(copy.deepcopy(model)) == {"Qwen3RMSNorm": 8, "Clamped": 1}
+    assert replaced_in(model) == {"Qwen3RMSNorm": 8, "Clamped": 1}
     direction = random_direction(trainable_parameters(model))
     exact = exact_utilities(model, padded_batch(), direction)
     utility = token_utilities(model, padded_batch(), direction)
@@ -242,3 +242,87 @@ def test_the_log_says_what_was_replaced(caplog):
         replaced_in(model)
     assert "'Qwen3RMSNorm': 8" in caplog.text
     assert "'Qwen3RMSNorm, left alone': 1" in caplog.text
+
+
+def matches_pytorch(model, monkeypatch):
+    direction = random_direction(trainable_parameters(model))
+    utility = token_utilities(model, padded_batch(), direction)
+    by_pytorch(monkeypatch)
+    expected = token_utilities(model, padded_batch(), direction)
+    torch.testing.assert_close(utility, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_module_keeps_its_tangents(monkeypatch):
+    model = tiny_model("qwen3")
+    model.model.layers[0].mlp.compile(backend="eager")
+    model.model.norm.compile(backend="eager")
+    matches_pytorch(model, monkeypatch)
+
+
+class ConditionedRMSNorm(torch.nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps = norm.weight, 1e-6
+
+    def forward(self, x, factor):
+        return factor * self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class Called(torch.nn.Module):
+    """``inner`` with other arguments than one tensor in its place."""
+
+    def __init__(self, inner, call):
+        super().__init__()
+        self.inner, self.call = inner, call
+
+    def forward(self, x):
+        return self.call(self.inner, x)
+
+
+def test_other_signatures_and_keywords(monkeypatch):
+    model = tiny_model("qwen3")
+    layers, norm = model.model.layers, model.model.norm
+    model.model.norm = Called(ConditionedRMSNorm(norm), lambda norm, x: norm(x, 2.0))
+    layers[0].input_layernorm = Called(
+        layers[0].input_layernorm, lambda norm, x: norm(hidden_states=x)
+    )
+    layers[0].mlp.up_proj = Called(
+        layers[0].mlp.up_proj,
+        lambda linear, x: torch.nn.functional.linear(input=x, weight=linear.weight),
+    )
+    matches_pytorch(model, monkeypatch)
+
+
+@pytest.mark.parametrize("limit", [7.0, 448.0])
+def test_a_clamp_that_only_outliers_reach_is_seen(limit):
+    model = tiny_model("qwen3", initializer_range=0.02)
+    for layer in model.model.layers:
+        layer.mlp = Clamped(layer.mlp, limit)
+    assert replaced_in(model) == {"Qwen3RMSNorm": 9}
+
+
+def test_an_activation_exchanged_later_is_seen():
+    model = tiny_model("qwen3")
+    assert replaced_in(model)["Qwen3MLP"] == 2
+    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+    assert replaced_in(model)["Qwen3MLP"] == 1
+
+
+def test_an_output_of_zeros_proves_nothing():
+    model = tiny_model("qwen3")
+    mlp = model.model.layers[0].mlp
+    torch.nn.init.zeros_(mlp.down_proj.weight)
+    assert replaced_in(model)["Qwen3MLP"] == 1
+
+
+def test_a_module_that_stands_in_the_model_twice_is_put_back():
+    model = with_lora(tiny_model("qwen3"), trainable_token_indices=[5, 6, 7])  # of both uses
+    before = dict(model.named_parameters(remove_duplicate=False))
+    direction = random_direction(trainable_parameters(model))
+    utility = token_utilities(model, padded_batch(), direction)
+    central = token_utilities(model, padded_batch(), direction, method="central")
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is parameter for name, parameter in before.items())
+    exact = exact_utilities(model, padded_batch(), direction)
+    torch.testing.assert_close(utility, exact.float(), rtol=1e-3, atol=1e-4)
+    assert torch.corrcoef(torch.stack([central.flatten(), utility.flatten()]))[0, 1] > 0.999

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import packed_batch, padded_batch, tiny_model, unpacked, with_lora
 from vcore_train.modeling import (
+    check_packing,
     head_of,
     hidden_states,
     probing,
@@ -79,6 +80,22 @@ def test_packed_equals_padded(model_type, attention):
     torch.testing.assert_close(unpacked(token_nll(model, packed), lengths), expected)
     without_positions = {k: v for k, v in packed.items() if k != "position_ids"}
     torch.testing.assert_close(unpacked(token_nll(model, without_positions), lengths), expected)
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "message"),
+    [
+        ([2, 9, 21], "must rise from 0"),
+        ([], "must rise from 0"),
+        ([0, 12, 21], "cuts a trajectory at token 7"),
+    ],
+)
+def test_boundaries_that_leave_tokens_out_or_join_rows(boundaries, message):
+    inputs = padded_batch((7, 7, 7))
+    del inputs["attention_mask"]
+    check_packing({**inputs, "cu_seq_lens_q": torch.tensor([0, 3, 7, 14, 21])})
+    with pytest.raises(ValueError, match=message):
+        check_packing({**inputs, "cu_seq_lens_q": torch.tensor(boundaries)})
 
 
 def test_first_tokens_are_never_supervised():
