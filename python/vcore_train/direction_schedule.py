@@ -72,12 +72,16 @@ class DirectionSchedule:
         return with_prefix("direction", tensors), {
             "direction": values,
             "direction_taken_at": self._taken_at,
+            "direction_params": self.args.direction_choice,
         }
 
     def load_state_dict(
         self, tensors: Direction, values: dict[str, Any], device: torch.device
     ) -> None:
-        """Continues where :meth:`state_dict` was taken; a direction of another kind starts anew."""
+        """Continues where :meth:`state_dict` was taken, an average with the decay of now.
+
+        A direction of another kind, or of other parameters, starts anew.
+        """
         state = values["direction"]
         if state["kind"] != self.state.kind:
             logger.warning(
@@ -86,6 +90,17 @@ class DirectionSchedule:
                 self.state.kind,
             )
             return
+        params = values.get("direction_params", self.args.direction_choice)
+        if params != self.args.direction_choice:
+            logger.warning(
+                "The checkpoint's direction is of the parameters %r; direction_params=%r starts "
+                "anew.",
+                params,
+                self.args.direction_choice,
+            )
+            return
         self._taken_at = values["direction_taken_at"]
         kept = {n: t.to(device) for n, t in under_prefix("direction", tensors).items()}
         self.state.load_state_dict({**state, "tensors": kept})
+        if isinstance(self.state, EmaDirection):
+            self.state.decay = self.args.ema_decay

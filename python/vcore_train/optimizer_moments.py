@@ -74,6 +74,7 @@ def _first_moment(state: Mapping[str, Any], group: Mapping[str, Any], kind: str)
         buffer = _dense(state, "momentum_buffer", f"kind {kind!r}")
         return buffer * (1 - group["momentum"])
     average = _dense(state, "exp_avg", f"kind {kind!r}")
+    _check_adam(state, group, f"kind {kind!r}")
     return average / (1 - group["betas"][0] ** float(state["step"]))
 
 
@@ -83,8 +84,19 @@ def _root(state: Mapping[str, Any] | None, group: Mapping[str, Any]) -> Tensor |
         return None
     key = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     square = _dense(state, key, "Adam's preconditioning")
+    _check_adam(state, group, "Adam's preconditioning")
     root = (square / (1 - group["betas"][1] ** float(state["step"]))).sqrt()
     return root.masked_fill(square == 0, torch.inf)
+
+
+def _check_adam(state: Mapping[str, Any], group: Mapping[str, Any], what: str) -> None:
+    """Raises where there is a moment, and not what corrects its bias (Lion, Adafactor)."""
+    missing = [n for n, place in (("betas", group), ("step", state)) if n not in place]
+    if missing:
+        raise ValueError(
+            f"descent_direction: {what} reads the moments of torch.optim's Adam and AdamW, and "
+            f"this optimizer keeps no {' and no '.join(missing)}. Use kind 'probe' or 'ema'."
+        )
 
 
 def _groups(parameters: Parameters, optimizer: Any, what: str) -> dict[nn.Parameter, dict]:

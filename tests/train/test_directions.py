@@ -1,13 +1,15 @@
 """descent_direction: the gradient of the uniform loss, its average, and what optimizers know."""
 
 import copy
+import json
 import logging
 
 import pytest
 import torch
 from exact import double_copy, exact_nll, random_direction
 from tiny import packed_batch, padded_batch, tiny_model, untied_twin, with_lora
-from vcore_train.config import DIRECTIONS
+from vcore_train.config import DIRECTIONS, VcoreConfig
+from vcore_train.direction_schedule import DirectionSchedule
 from vcore_train.direction_states import KINDS, MomentumDirection, ProbeDirection
 from vcore_train.directions import (
     EmaDirection,
@@ -439,6 +441,11 @@ def test_optimizers_that_cannot_serve():
         ):
             descent_direction(model, [], kind=kind, optimizer=adam)
 
+    for p in model.parameters():  # what Lion keeps
+        adam.state[p] = {"exp_avg": torch.zeros_like(p)}
+    with pytest.raises(ValueError, match=r"keeps no step\. Use kind 'probe' or 'ema'"):
+        descent_direction(model, [], kind="momentum", optimizer=adam)
+
     other = torch.optim.AdamW(tiny_model("qwen3").parameters())
     with pytest.raises(ValueError, match="are not in the optimizer"):
         descent_direction(model, [], kind="momentum", optimizer=other)
@@ -589,3 +596,23 @@ def test_a_kept_direction_is_not_changed_by_training(state):
     before = state.direction()
     stepped(model, optimizer)
     assert all(torch.equal(g, before[n]) for n, g in state.direction().items())
+
+
+def test_options_changed_between_save_and_load(tmp_path, caplog):
+    def schedule(**options):
+        args = {"output_dir": str(tmp_path), "report_to": [], "direction": "ema", **options}
+        return DirectionSchedule(VcoreConfig(**args))
+
+    first = schedule(direction_params="lm_head")
+    first.state.update({"lm_head.weight": torch.ones(2)})
+    tensors, values = first.state_dict()
+    values = json.loads(json.dumps(values))  # as a checkpoint keeps them
+    slower = schedule(direction_params="lm_head", ema_decay=0.99)
+    slower.load_state_dict(tensors, values, torch.device("cpu"))
+    assert slower.state.updates == 1
+    assert slower.state.decay == 0.99
+    assert not caplog.text
+    other = schedule(direction_params="last_1_layers")
+    other.load_state_dict(tensors, values, torch.device("cpu"))
+    assert other.state.updates == 0
+    assert "direction_params='last_1_layers' starts anew" in caplog.text
