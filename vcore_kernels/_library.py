@@ -6,6 +6,7 @@ its own operators.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,4 +118,10 @@ def check_compiled() -> None:
             WHY_NOT_COMPILED = (
                 f"{COMPILED_PATH.name} is of another version of this package: it lacks "
                 f"{', '.join(missing)}. Build it again (make setup, or pip install)."
+            )
+            warnings.warn(
+                f"vcore_kernels runs without its compiled kernels, several times slower: "
+                f"{WHY_NOT_COMPILED}",
+                RuntimeWarning,
+                stacklevel=2,
             )

@@ -17,7 +17,6 @@ define(
     "gated_jvp(Tensor gate, Tensor up, Tensor? dgate, Tensor? dup, str activation)"
     " -> (Tensor y, Tensor dy)",
     _fake,
-    compiled=False,  # asked for when called: an older library serves the other operators
 )
 no_derivative("gated_jvp")
 

@@ -19,7 +19,6 @@ define(
     "rms_norm_jvp(Tensor x, Tensor weight, Tensor? dx, Tensor? dweight, float eps,"
     " ScalarType out_dtype) -> (Tensor y, Tensor dy)",
     _fake,
-    compiled=False,  # asked for when called: an older library serves the other operators
 )
 no_derivative("rms_norm_jvp")
 

@@ -202,6 +202,8 @@ def uniform_gradient(
         ValueError: no supervised token in any batch, no trainable parameter, ``params`` that choose
             none, labels missing, ``cu_seq_lens_q`` that cuts a trajectory.
     """
+    if num_items is not None and num_items <= 0:
+        raise ValueError(f"descent_direction: num_items must be positive, got {num_items}.")
     parameters = chosen_parameters(model, params)
     verify_head(model)
     total = {
@@ -234,8 +236,6 @@ def uniform_gradient(
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient
-    if num_items is not None and num_items <= 0:
-        raise ValueError(f"descent_direction: num_items must be positive, got {num_items}.")
     if tokens == 0 and num_items is None:
         raise ValueError(
             f"descent_direction: none of the {seen} batches has a supervised token (a label that "

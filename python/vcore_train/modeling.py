@@ -353,7 +353,7 @@ def verify_head(model: nn.Module) -> None:
     tokens.
 
     Raises:
-        ValueError: they differ, with by how much.
+        ValueError: they differ, with by how much; or the model's own are not finite.
     """
     if model in _verified:
         return
@@ -365,6 +365,12 @@ def verify_head(model: nn.Module) -> None:
         expected = lm(input_ids=input_ids, use_cache=False).logits.float()
         hidden = hidden_states(model, {"input_ids": input_ids}).to(head.weight.dtype)
         logits = head.scale * nn.functional.linear(hidden, head.weight, head.bias).float()
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"{type(lm).__name__} gives NaN or infinite logits for the first four tokens of its "
+            "vocabulary. Its weights are not finite (load an earlier checkpoint), or they overflow "
+            f"in {head.weight.dtype}."
+        )
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     agree = expected.shape == logits.shape

@@ -26,13 +26,13 @@ def first_moments(parameters: Parameters, optimizer: Any, kind: str) -> Directio
     moments in a form that cannot be read; ``kind`` names the direction in messages.
     """
     groups = _groups(parameters, optimizer, f"kind {kind!r}")
-    states = {name: optimizer.state.get(p) for name, p in parameters.items()}
+    states = {name: _state(optimizer, p) for name, p in parameters.items()}
     if not any(states.values()):
         _report_cold_start(optimizer, f"direction {kind!r}", "using a probe gradient")
         return None
     return {
-        name: _first_moment(states[name], groups[p], kind).to(wide(p))
-        if states[name]
+        name: _first_moment(state, groups[p], kind).to(wide(p))
+        if (state := states[name])
         else torch.zeros_like(p, dtype=wide(p), requires_grad=False)
         for name, p in parameters.items()
     }
@@ -57,7 +57,7 @@ def preconditioned(direction: Direction, parameters: Parameters, optimizer: Any)
     what = "precondition=True"
     parameters = {name: parameters[name] for name in direction}
     groups = _groups(parameters, optimizer, what)
-    states = {name: optimizer.state.get(p) for name, p in parameters.items()}
+    states = {name: _state(optimizer, p) for name, p in parameters.items()}
     if not any(states.values()):
         _report_cold_start(optimizer, what, "using the raw direction")
         return direction
@@ -69,10 +69,25 @@ def preconditioned(direction: Direction, parameters: Parameters, optimizer: Any)
     }
 
 
+def _state(optimizer: Any, parameter: nn.Parameter) -> Mapping[str, Any] | None:
+    """What the optimizer keeps for ``parameter``, None before its first step.
+
+    A step that was skipped (a gradient scaler met infinities) may leave moments at step 0.
+    """
+    state = optimizer.state.get(parameter)
+    return None if not state or ("step" in state and not float(state["step"])) else state
+
+
 def _first_moment(state: Mapping[str, Any], group: Mapping[str, Any], kind: str) -> Tensor:
     if isinstance(state.get("momentum_buffer"), Tensor):
+        if "dampening" not in group:  # RMSprop's is preconditioned, Muon's is an average already
+            raise ValueError(
+                f"descent_direction: kind {kind!r} reads SGD's momentum or Adam's first moment, "
+                "and this optimizer's momentum_buffer is neither. Use kind 'probe' or 'ema'."
+            )
         buffer = _dense(state, "momentum_buffer", f"kind {kind!r}")
-        return buffer * (1 - group["momentum"])
+        rest = 1 - group["dampening"]  # at 0 the buffer is the first gradient, fading
+        return buffer * ((1 - group["momentum"]) / rest if rest else 1.0)
     average = _dense(state, "exp_avg", f"kind {kind!r}")
     _check_adam(state, group, f"kind {kind!r}")
     return average / (1 - group["betas"][0] ** float(state["step"]))

@@ -309,7 +309,10 @@ class VcoreTrainer(Trainer):
         if self.args.should_save and self.args.output_dir is not None:
             recover(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._forwards = {}  # after an interruption they would keep their graphs
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, *args: Any

@@ -413,6 +413,31 @@ def test_momentum_of_sgd():
         assert torch.equal(state["momentum_buffer"], after["state"][number]["momentum_buffer"])
 
 
+def test_momentum_of_sgd_with_dampening():
+    """The buffer holds the first gradient undamped."""
+    model = tiny_model("qwen3")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.5, dampening=0.8)
+    gradients = stepped(model, optimizer)
+    momentum = descent_direction(model, [], kind="momentum", optimizer=optimizer)
+    expected = {
+        n: 0.5 * (gradients[2][n] + 0.5 * gradients[1][n] + 0.25 / 0.2 * gradients[0][n])
+        for n in momentum
+    }
+    assert_close(momentum, expected)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_moments_before_the_first_step_are_none(kind):
+    """As a gradient scaler leaves them that skipped it."""
+    model, batch = tiny_model("qwen3"), padded_batch()
+    optimizer = torch.optim.AdamW(model.parameters())
+    stepped(model, optimizer, steps=1)
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    direction = descent_direction(model, batch, kind=kind, optimizer=optimizer)
+    assert_close(direction, descent_direction(model, batch))
+
+
 @pytest.mark.parametrize("kind", ["momentum", "adam"])
 def test_cold_start_falls_back_to_a_probe_and_says_so(kind, caplog):
     model, batch = tiny_model("qwen3"), padded_batch()
@@ -429,6 +454,11 @@ def test_optimizers_that_cannot_serve():
     stepped(model, sgd, steps=1)
     with pytest.raises(ValueError, match=r"reads 'exp_avg_sq'.*momentum_buffer.*AdamW"):
         descent_direction(model, [], kind="adam", optimizer=sgd)
+
+    rmsprop = torch.optim.RMSprop(model.parameters(), lr=1e-3, momentum=0.5)
+    stepped(model, rmsprop, steps=1)
+    with pytest.raises(ValueError, match="momentum_buffer is neither"):
+        descent_direction(model, [], kind="momentum", optimizer=rmsprop)
 
     adam = torch.optim.AdamW(model.parameters())
     stepped(model, adam, steps=1)

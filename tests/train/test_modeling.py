@@ -69,6 +69,13 @@ def test_an_unknown_logit_rule_is_an_error():
         verify_head(model)
 
 
+def test_weights_that_are_not_finite_are_named():
+    model = tiny_model("qwen3")
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM gives NaN.*not finite"):
+        verify_head(model)
+
+
 @pytest.mark.parametrize(
     ("model_type", "attention"), [("qwen3", "sdpa"), ("qwen3", "eager"), ("gemma2", "eager")]
 )

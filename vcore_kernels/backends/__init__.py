@@ -83,8 +83,6 @@ def supports(backend: str, op: str, *tensors: torch.Tensor) -> Support:
 
 
 def _cpp_serves(op: str, tensor: torch.Tensor) -> Support:
-    if op in _ROW_OPS and not _library.has_compiled(op):
-        return Support(False, f"{_library.COMPILED_PATH.name} lacks {op}: build it again")
     if tensor.device.type != "cpu":
         return Support(False, f"cpp serves CPU tensors, got {tensor.device}")
     if tensor.is_floating_point() and tensor.dtype not in _CPP_DTYPES:
