@@ -9,6 +9,7 @@ from training import example_rows, logged, make_trainer, parameters, qwen3, trai
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from vcore_train import VcoreConfig, VcoreTrainer
 from vcore_train.collators import PaddingCollator
+from vcore_train.config import DEFAULT_KL_BUDGET
 
 METHODS = ("sft", "random", "dft", "iw_sft", "vcore")
 
@@ -157,7 +158,7 @@ def test_a_preconditioned_direction_of_a_part(tmp_path, direction, caplog):
         optim="adamw_torch",
         learning_rate=1e-3,
     )
-    assert logged(trainer, "kl") == pytest.approx([0.1] * 3, abs=1e-4)
+    assert logged(trainer, "kl") == pytest.approx([DEFAULT_KL_BUDGET] * 3, abs=1e-5)
     assert ("averages the reweighted gradients" in caplog.text) == (direction == "momentum")
     with pytest.raises(ValueError, match=r"'last_9_layers'.* has 2 layers"):
         make_trainer(tmp_path, direction_params="last_9_layers")
@@ -318,7 +319,7 @@ def test_logs_are_complete_and_finite(tmp_path):
         assert values.shape == (2,), name
         assert values.isfinite().all(), name
     assert logged(trainer, "fallback_steps") == [0, 0]
-    assert logged(trainer, "kl") == pytest.approx([0.1, 0.1], abs=1e-4)
+    assert logged(trainer, "kl") == pytest.approx([DEFAULT_KL_BUDGET] * 2, abs=1e-5)
 
 
 def test_saturated_trajectories_are_counted(tmp_path):
