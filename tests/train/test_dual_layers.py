@@ -115,6 +115,59 @@ class ShiftedRMSNorm(torch.nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def two_adapters():
+    model = with_lora(tiny_model("qwen3"))
+    model.add_adapter("second", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if "second" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: with_lora(tiny_model("qwen3"), use_dora=True),  # its norm is a constant to both
+        lambda: with_lora(tiny_model("qwen3"), use_rslora=True, bias="all"),
+        lambda: with_lora(tiny_model("qwen3"), lora_bias=True),
+        lambda: with_lora(tiny_model("llama"), modules_to_save=["lm_head"]),
+        lambda: with_lora(tiny_model("llama"), targets=["q_proj", "lm_head", "embed_tokens"]),
+        two_adapters,
+    ],
+    ids=[
+        "dora",
+        "rslora, bias",
+        "lora_bias",
+        "modules_to_save",
+        "head, embeddings",
+        "two adapters",
+    ],
+)
+def test_variants_of_lora_agree_with_their_gradients(build):
+    """``sum w_t * <g, grad l_t>`` is ``<g, grad sum w_t * l_t>``."""
+    model, batch = build().double().eval(), padded_batch()
+    parameters = trainable_parameters(model)
+    generator = torch.Generator().manual_seed(1)
+    g = {
+        name: torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for name, p in parameters.items()
+    }
+    utility = token_utilities(model, batch, g)
+    weights = torch.randn(utility.shape, generator=generator, dtype=torch.float64)
+    gradients = torch.autograd.grad(
+        (weights * token_nll(model, batch)).sum(), list(parameters.values()), allow_unused=True
+    )
+    products = [
+        (g[name] * gradient).sum()
+        for name, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
+    ]
+    # transformers casts to fp32 inside
+    scale = float(torch.stack([product.abs() for product in products]).sum())
+    assert float((weights * utility).sum()) == pytest.approx(float(sum(products)), abs=1e-5 * scale)
+
+
 def test_what_only_looks_alike_is_left_alone():
     model = tiny_model("qwen3")
     first, second = model.model.layers
