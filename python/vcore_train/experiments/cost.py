@@ -303,7 +303,7 @@ def _amortised(result: dict[str, Any], trained: str, subject: str, every: int) -
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Time and memory of each subject in units of SFT, LoRA beside all parameters."""
-    with figure(path, 1, len(TRAINED), size=(10.5, 4.6), sharey=True) as (_, panels):
+    with figure(path, 1, len(TRAINED), size=(10.5, 4.9), sharey=True) as (drawn, panels):
         for axes, trained in zip(panels, TRAINED, strict=True):
             records = [r for r in result["steps"] if r["trained"] == trained][::-1]
             places = range(len(records))
@@ -331,4 +331,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.set_yticks(list(places), [r["subject"] for r in records])
             axes.set_xlabel("in units of SFT (checkpointed: of checkpointed SFT)")
             axes.set_title(trained)
-        panels[0].legend(loc="lower right")
+        handles, labels = panels[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=3)
