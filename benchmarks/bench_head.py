@@ -9,8 +9,6 @@ head with known weights. Eager PyTorch has rounds of its own, beside the same pr
 that it takes and gives back for its logits makes fresh pages dearer for whoever runs next.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -18,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import compare
 from vcore_kernels import linear_nll, linear_nll_jvp, weighted_linear_nll
-
-ROUNDS = 7
 
 
 class Head:
@@ -88,37 +85,11 @@ def test_time(benchmark, dtype, which, capsys):
     head = Head(n, h, v, dtype)
     head.check()
     subjects = head.subjects() if which == "ours" else head.eager_subjects()
-    rounds: list[dict[str, float]] = []
-
-    def one_round():
-        times = {}
-        for name, call in subjects.items():
-            start = time.perf_counter()
-            call()
-            times[name] = time.perf_counter() - start
-        rounds.append(times)
-
-    benchmark.pedantic(one_round, rounds=ROUNDS, iterations=1, warmup_rounds=1)
-    del rounds[0]
-    lines = [f"{dtype}, N={n} H={h} V={v}, {torch.get_num_threads()} threads"]
-    unit = "hidden @ weight.T"
-    for name in subjects:
-        ratios = sorted(r[name] / r[unit] for r in rounds)
-        row = {
-            "ms": 1e3 * statistics.median(r[name] for r in rounds),
-            "ratio": statistics.median(ratios),
-            "ratio, extremes": (ratios[0], ratios[-1]),
-            "ratio of the fastest": min(r[name] for r in rounds) / min(r[unit] for r in rounds),
-        }
-        benchmark.extra_info[name] = row
-        lines.append(
-            f"  {name:24s} {row['ms']:7.0f} ms   ratio {row['ratio']:.2f} ({ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f}), of the fastest {row['ratio of the fastest']:.2f}"
-        )
-    gflops = 2e-9 * n * h * v / (benchmark.extra_info[unit]["ms"] * 1e-3)
-    lines.append(f"  one product: {gflops:.0f} GFLOP/s")
+    title = f"{dtype}, N={n} H={h} V={v}"
+    compare(benchmark, capsys, title, subjects)
+    gflops = 2e-9 * n * h * v / (benchmark.extra_info["hidden @ weight.T"]["ms"] * 1e-3)
     with capsys.disabled():
-        print("\n" + "\n".join(lines))
+        print(f"  one product: {gflops:.0f} GFLOP/s")
 
 
 def resident_bytes(field: str) -> int:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from vcore_kernels.aggregation import check_rows
 from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import check_mask, check_values
 
@@ -20,6 +21,26 @@ def check_responses(op: str, logp: Tensor, mask: Tensor | None) -> tuple[Tensor,
     if mask is None:
         mask = torch.ones_like(logp, dtype=torch.bool)
     return logp.to(statistics_dtype(logp.dtype)), mask
+
+
+def old_logp_of(op: str, old_logp: Tensor, new: Tensor, used: Tensor) -> Tensor:
+    """``old_logp`` without a graph in the dtype of ``new``, 0 where not used."""
+    check_values(op, "old_logp", old_logp, new)
+    return old_logp.detach().to(new.dtype).where(used, 0)
+
+
+def without_left_out(
+    op: str, new: Tensor, used: Tensor, advantage: Tensor, prompt_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``new`` and ``used`` [B, T], advantage and prompt weight [B] without responses of weight 0.
+
+    What no used token reads becomes 0, whatever it was.
+    """
+    if prompt_weight is not None:
+        prompt_weight = check_rows(op, "prompt_weight", prompt_weight, new)
+        used = used & (prompt_weight != 0).unsqueeze(1)
+        prompt_weight = prompt_weight.where(used.any(1), 0)
+    return new.where(used, 0), used, advantage.where(used.any(1), 0), prompt_weight
 
 
 def check_clip(op: str, clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:

@@ -5,7 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from vcore_kernels._policy import check_clip, check_responses, clipped_loss, exponent_ceiling
+from vcore_kernels._policy import (
+    check_clip,
+    check_responses,
+    clipped_loss,
+    exponent_ceiling,
+    old_logp_of,
+    without_left_out,
+)
 from vcore_kernels.aggregation import aggregate, check_rows, find_aggregation
 from vcore_kernels.segments import check_values
 
@@ -72,17 +79,8 @@ def grpo_loss(
     new, mask = check_responses(op, logp, mask)
     advantage = check_rows(op, "advantage", advantage, new)
     used = mask if beta > 0 else mask & (advantage != 0).unsqueeze(1)
-    if prompt_weight is not None:
-        prompt_weight = check_rows(op, "prompt_weight", prompt_weight, new)
-        used = used & (prompt_weight != 0).unsqueeze(1)
-        prompt_weight = prompt_weight.where(used.any(1), 0)
-    advantage = advantage.where(used.any(1), 0)
-    new = new.where(used, 0)
-    if old_logp is None:
-        old = new.detach()
-    else:
-        check_values(op, "old_logp", old_logp, logp)
-        old = old_logp.detach().to(new.dtype).where(used, 0)
+    new, used, advantage, prompt_weight = without_left_out(op, new, used, advantage, prompt_weight)
+    old = new.detach() if old_logp is None else old_logp_of(op, old_logp, new, used)
     losses = clipped_loss(new - old, advantage, clip_low, clip_high, dual_clip)
     if ref_logp is not None and beta > 0:
         reference = ref_logp.detach().to(new.dtype).where(used, 0)

@@ -2,9 +2,14 @@
 
 from torch import Tensor
 
-from vcore_kernels._policy import check_clip, check_responses, clipped_loss
+from vcore_kernels._policy import (
+    check_clip,
+    check_responses,
+    clipped_loss,
+    old_logp_of,
+    without_left_out,
+)
 from vcore_kernels.aggregation import aggregate, check_rows, find_aggregation
-from vcore_kernels.segments import check_values
 
 
 def raft_loss(
@@ -65,16 +70,10 @@ def raft_loss(
     new, mask = check_responses(op, logp, mask)
     advantage = check_rows(op, "reward", reward, new).clamp(min=0)
     used = mask & (advantage != 0).unsqueeze(1)
-    if prompt_weight is not None:
-        prompt_weight = check_rows(op, "prompt_weight", prompt_weight, new)
-        used = used & (prompt_weight != 0).unsqueeze(1)
-        prompt_weight = prompt_weight.where(used.any(1), 0)
-    advantage = advantage.where(used.any(1), 0)
-    new = new.where(used, 0)
+    new, used, advantage, prompt_weight = without_left_out(op, new, used, advantage, prompt_weight)
     if old_logp is None:
         losses = -advantage.unsqueeze(1) * new
     else:
-        check_values(op, "old_logp", old_logp, logp)
-        old = old_logp.detach().to(new.dtype).where(used, 0)
+        old = old_logp_of(op, old_logp, new, used)
         losses = clipped_loss(new - old, advantage, clip_low, clip_high)
     return aggregate(op, losses, mask, prompt_weight, aggregation, num_items, max_length)

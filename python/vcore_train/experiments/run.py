@@ -78,7 +78,6 @@ class Arm:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     shuffled: bool = False  # the weights of each trajectory in a random order
-    uniform_share: float = 0.0  # of a mixture of uniform and VCORE's weights
     lr: float = 1.0  # multiple of the setting's
 
 
@@ -211,8 +210,7 @@ class _Weigher:
             parts = tokens.packed([weights]).split(tokens.cu_seqlens.diff().tolist())
             mixed = [p[torch.randperm(len(p), generator=self.generator)] for p in parts]
             weights = tokens.unpacked(torch.cat(mixed))[0]
-        share = self.arm.uniform_share
-        return share + (1 - share) * weights
+        return weights
 
 
 @torch.no_grad()
@@ -318,20 +316,15 @@ def noisy(start: Start, setting: RunSetting) -> list[Row]:
 # ---- tables and the plot ----
 
 
-def final(result: dict[str, Any], data: str, arm: str, name: str = "loss") -> list[float]:
-    """The last value of ``name`` in each seed's run."""
-    return [r[name][-1] for r in result["runs"] if (r["data"], r["arm"]) == (data, arm)]
+def _runs(result: dict[str, Any], data: str, arm: str) -> list[dict[str, Any]]:
+    """One a seed."""
+    return [r for r in result["runs"] if (r["data"], r["arm"]) == (data, arm)]
 
 
 def gap(result: dict[str, Any], data: str, arm: str, place: int = -1) -> Interval:
     """Held-out loss less that of uniform weights, paired by seed; below zero is better."""
-    pairs = zip(_at(result, data, arm, place), _at(result, data, UNIFORM.name, place), strict=True)
-    return interval([a - b for a, b in pairs])
-
-
-def _at(result: dict[str, Any], data: str, arm: str, place: int) -> list[float]:
-    runs = (r for r in result["runs"] if (r["data"], r["arm"]) == (data, arm))
-    return [r["loss"][place] for r in runs]
+    pairs = zip(_runs(result, data, arm), _runs(result, data, UNIFORM.name), strict=True)
+    return interval([run["loss"][place] - base["loss"][place] for run, base in pairs])
 
 
 def _arms(result: dict[str, Any], data: str) -> list[str]:
@@ -343,19 +336,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
     for data, title in TITLES.items():
         rows = []
         for arm in _arms(result, data):
-            seconds = [
-                r["step_seconds"] for r in result["runs"] if (r["data"], r["arm"]) == (data, arm)
-            ]
-            base = [
-                r["step_seconds"]
-                for r in result["runs"]
-                if (r["data"], r["arm"]) == (data, UNIFORM.name)
-            ]
-            accuracy = interval(final(result, data, arm, "accuracy"))
+            runs = _runs(result, data, arm)
+            seconds = [r["step_seconds"] for r in runs]
+            base = [r["step_seconds"] for r in _runs(result, data, UNIFORM.name)]
+            accuracy = interval([r["accuracy"][-1] for r in runs])
             rows.append(
                 [
                     arm,
-                    interval(final(result, data, arm)).text(4),
+                    interval([r["loss"][-1] for r in runs]).text(4),
                     "" if arm == UNIFORM.name else _signed(gap(result, data, arm)),
                     f"{100 * accuracy.mean:.2f}",
                     "" if isnan(sum(seconds)) else f"{sum(seconds) / sum(base):.2f}",
@@ -410,7 +398,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for axes, (data, title) in zip(grid, TITLES.items(), strict=True):
             beyond = []
             for arm in _arms(result, data):
-                run = next(r for r in result["runs"] if (r["data"], r["arm"]) == (data, arm))
+                run = _runs(result, data, arm)[0]
                 gaps = [gap(result, data, arm, place) for place in range(len(run["steps"]))]
                 if gaps[-1].mean > HIGHEST:
                     beyond.append(f"{arm} ends at +{gaps[-1].mean:.2f}, off the scale")
