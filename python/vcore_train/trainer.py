@@ -9,22 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.profiler import record_function
-from transformers import PreTrainedTokenizerBase, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from vcore_kernels import dft_loss, iw_sft_loss, weighted_linear_nll
-from vcore_train.checkpoint import (
-    load_state,
-    recover,
-    save_state,
-    staged_folder,
-    under_prefix,
-    with_prefix,
-)
+from vcore_train.base_trainer import BaseTrainer
+from vcore_train.checkpoint import load_state, save_state, under_prefix, with_prefix
 from vcore_train.collators import PackingCollator, PaddingCollator, model_inputs
 from vcore_train.config import VcoreConfig
 from vcore_train.direction_schedule import DirectionSchedule
@@ -39,7 +31,6 @@ from vcore_train.modeling import (
     hidden_states,
     supervised_labels,
     token_nll,
-    trainable_parameters,
     verify_head,
 )
 from vcore_train.parameter_choice import chosen_parameters
@@ -60,7 +51,7 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
-class VcoreTrainer(Trainer):
+class VcoreTrainer(BaseTrainer):
     """Fine-tunes a causal language model with a weight on every token's loss.
 
     The loss of a micro-batch is ``sum w_t * l_t / num_items``, with num_items the supervised tokens
@@ -104,7 +95,6 @@ class VcoreTrainer(Trainer):
     """
 
     args: VcoreConfig
-    _staging: Path | None = None  # where a checkpoint is being written
 
     def __init__(
         self,
@@ -127,17 +117,15 @@ class VcoreTrainer(Trainer):
                 "VcoreTrainer: compute_loss_func would replace the objective. Drop it, or use "
                 "transformers.Trainer."
             )
-        if args.n_gpu > 1:
-            logger.warning(
-                "One process uses one device here; start one process for each with torchrun."
-            )
-            args._n_gpu = 1
         super().__init__(
-            model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
+            model,
+            args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
         )
-        # Whatever the model's own loss does, the one here takes num_items_in_batch.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
         self._check_model()
         if self.optimizer is not None:
@@ -189,15 +177,6 @@ class VcoreTrainer(Trainer):
 
     def _check_model(self) -> None:
         model, args = self._unwrapped(), self.args
-        parameters = trainable_parameters(model)
-        if not parameters:
-            raise ValueError("VcoreTrainer: the model has no trainable parameter.")
-        for name, parameter in parameters.items():
-            if not parameter.is_floating_point():
-                raise ValueError(
-                    f"VcoreTrainer: parameter {name} is {parameter.dtype}, which has no gradient. "
-                    "Freeze quantised weights and train adapters over them (PEFT LoRA)."
-                )
         quantised = getattr(causal_lm(model), "hf_quantizer", None) is not None
         if quantised and args.method == "vcore" and args.utility_method == "jvp":
             raise ValueError(
@@ -217,11 +196,6 @@ class VcoreTrainer(Trainer):
                     "the uniform loss; direction_precondition=True gives it Adam's metric.",
                     args.direction,
                 )
-
-    def _unwrapped(self, model: nn.Module | None = None) -> nn.Module:
-        """The model (by default the trained one) out of DDP and its like."""
-        model = self.model if model is None else model
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _examples(
         self, dataset: Any, what: str, *, every: bool = False
@@ -306,26 +280,10 @@ class VcoreTrainer(Trainer):
     # ---- training ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        if self.args.should_save and self.args.output_dir is not None:
-            recover(Path(self.args.output_dir))
-        self.accelerator.wait_for_everyone()
         try:
             return super().train(*args, **kwargs)
         finally:
             self._forwards = {}  # after an interruption they would keep their graphs
-
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, epochs: int, *args: Any
-    ) -> tuple[int, int]:
-        start = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
-        if self.state.global_step < max_steps:
-            return start
-        logger.warning(
-            "The checkpoint is at step %d of %d: nothing is left to train.",
-            self.state.global_step,
-            max_steps,
-        )
-        return epochs, 0  # all epochs are done, also one that max_steps ends within
 
     # ---- one optimizer step ----
 
@@ -541,10 +499,6 @@ class VcoreTrainer(Trainer):
     def _collated(self, rows: list[Any]) -> Batch:
         return self._prepare_inputs(self.data_collator(rows))
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        # Accelerate puts autocast around the model's forward alone; the losses here go past it.
-        return self.accelerator.autocast()
-
     # ---- evaluation ----
 
     def prediction_step(
@@ -593,42 +547,6 @@ class VcoreTrainer(Trainer):
         super().log(logs, start_time)
 
     # ---- checkpoints ----
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in transformers, but the folder appears only once it is complete and on the disk."""
-        run_folder = Path(super()._get_output_dir(trial))
-        final = run_folder / f"checkpoint-{self.state.global_step}"
-        push, self.args.push_to_hub = self.args.push_to_hub, False
-        try:
-            with staged_folder(
-                final,
-                main_process=self.args.should_save,
-                barrier=self.accelerator.wait_for_everyone,
-            ) as staging:
-                self._staging = staging.parent
-                super()._save_checkpoint(model, trial)
-                if self.state.best_model_checkpoint == str(staging):
-                    self.state.best_model_checkpoint = str(final)
-                    if self.args.should_save:
-                        self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-        except (OSError, RuntimeError, SafetensorError):
-            logger.error("Nothing of %s stays; earlier checkpoints are whole.", final)
-            raise
-        finally:
-            self._staging = None
-            self.args.push_to_hub = push
-        if push:
-            self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run_folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
