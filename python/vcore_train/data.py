@@ -3,24 +3,30 @@
 A row is a prompt and a response. Their fields are named by the caller or recognised from the first
 row: GSM8K's ``question``/``answer``, ``prompt`` with ``response`` or ``completion``,
 ``instruction``/``output``, ``problem``/``solution``, or a conversation in ``messages`` whose last
-turn, the assistant's, is the response. Every complaint about a row names the file and the row.
+turn, the assistant's, is the response. A dotted name, ``reward_model.ground_truth``, reaches inside
+a field. Every complaint about a row names the file and the row.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
 from vcore_train.modeling import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import datasets
 
 ANSWER_MARK = "####"
 PROMPT_FIELDS = ("prompt", "question", "instruction", "problem", "query", "input")
 RESPONSE_FIELDS = ("response", "completion", "solution", "output", "answer", "target")
 CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
 TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+ROWS_AT_ONCE = 1000  # taken out of a table; one at a time is 25 times slower
 
 Conversation = list[dict[str, str]]  # turns with a role and a content
 
@@ -71,19 +77,15 @@ def read_examples(
     """
     if empty not in ("error", "skip"):
         raise ValueError(f"read_examples: empty must be 'error' or 'skip', got {empty!r}.")
-    if limit is not None and limit < 1:
-        raise ValueError(f"the limit on rows must be at least 1, got {limit}.")
     examples: list[Example] = []
     skipped = 0
     fields: _Fields | None = None
-    for where, row in _rows(str(data), split):
-        if limit is not None and len(examples) + skipped == limit:
-            break
+    for where, row in read_rows(data, split, limit):
         if fields is None:
             fields = _Fields.find(row, prompt_field, response_field, where)
         prompt, response = fields.take(row, where)
-        _check_characters(plain_text(prompt), fields.prompt, where)
-        _check_characters(response, fields.response, where)
+        check_characters(plain_text(prompt), fields.prompt, where)
+        check_characters(response, fields.response, where)
         if response.strip():
             examples.append(Example(prompt, response, where))
         elif empty == "skip":
@@ -206,52 +208,82 @@ class _Fields:
             for name in CONVERSATION_FIELDS:
                 if name in row:
                     return cls(name, name, True)
-        found_prompt = prompt or next((name for name in PROMPT_FIELDS if name in row), None)
-        found_response = response or next((name for name in RESPONSE_FIELDS if name in row), None)
-        for side, found in (("prompt", found_prompt), ("response", found_response)):
-            if found is None:
-                raise ValueError(
-                    f"{where}: no field looks like the {side}; the row has {_listed(row)}. Name it "
-                    f"with --{side}-field."
-                )
-        assert found_prompt is not None
-        assert found_response is not None
-        return cls(found_prompt, found_response, prompt is None)
+        return cls(
+            prompt or recognise(row, PROMPT_FIELDS, "prompt", where),
+            response or recognise(row, RESPONSE_FIELDS, "response", where),
+            prompt is None,
+        )
 
     def take(self, row: Mapping[str, Any], where: str) -> tuple[str | Conversation, str]:
-        for side, name in (("prompt", self.prompt), ("response", self.response)):
-            if row.get(name) is None:
-                raise ValueError(
-                    f"{where}: the {side} field {name!r} is missing; the row has {_listed(row)}."
-                )
+        prompt = take_prompt(row, self.prompt, where, detected=self.detected)
         if self.prompt == self.response:
-            turns = _turns(row[self.prompt], where)
-            if turns[-1]["role"] != "assistant" or len(turns) < 2:
-                raise ValueError(
-                    f"{where}: a conversation must end with an assistant turn after another turn, "
-                    f"the roles are {', '.join(turn['role'] for turn in turns)}."
-                )
-            return turns[:-1], turns[-1]["content"]
-        prompt: str | Conversation
-        prompt, response = row[self.prompt], row[self.response]
-        if isinstance(prompt, list):
-            prompt = _turns(prompt, where)
+            return split_conversation(prompt, self.prompt, where)
+        response = value_of(row, self.response)
+        if response is None:
+            raise _missing(row, "response", self.response, where)
         if isinstance(response, list):
-            turns = _turns(response, where)
+            turns = check_turns(response, self.response, where)
             if len(turns) != 1:
                 raise ValueError(f"{where}: {self.response!r} holds {len(turns)} turns, not one.")
             response = turns[0]["content"]
-        for name, value in ((self.prompt, prompt), (self.response, response)):
-            if not isinstance(value, str | list):
-                raise ValueError(
-                    f"{where}: field {name!r} is {type(value).__name__}, expected text."
-                )
-        if self.detected and self.prompt == "instruction" and row.get("input"):
-            prompt = f"{prompt}\n{row['input']}"
+        if not isinstance(response, str):
+            raise ValueError(
+                f"{where}: field {self.response!r} is {type(response).__name__}, expected text."
+            )
         return prompt, response
 
 
-def _turns(value: Any, where: str) -> Conversation:
+def recognise(row: Mapping[str, Any], names: Iterable[str], side: str, where: str) -> str:
+    """The first of ``names`` that is a field of the row, for the option ``--{side}-field``."""
+    absent = object()
+    for name in names:
+        if value_of(row, name, absent) is not absent:
+            return name
+    raise ValueError(
+        f"{where}: no field looks like the {side}; the row has {listed(row)}. Name it with "
+        f"--{side}-field."
+    )
+
+
+def value_of(row: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    """The value of a field; a dotted name reaches inside."""
+    if name in row:
+        return row[name]
+    outer, _, inner = name.partition(".")
+    within = row.get(outer)
+    return value_of(within, inner, default) if isinstance(within, Mapping) else default
+
+
+def take_prompt(
+    row: Mapping[str, Any], name: str, where: str, *, detected: bool
+) -> str | Conversation:
+    """A prompt's text or turns; ``instruction``, where it was detected, goes with ``input``."""
+    prompt = value_of(row, name)
+    if prompt is None:
+        raise _missing(row, "prompt", name, where)
+    if isinstance(prompt, list):
+        return check_turns(prompt, name, where)
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: field {name!r} is {type(prompt).__name__}, expected text.")
+    if detected and name == "instruction" and row.get("input"):
+        return f"{prompt}\n{row['input']}"
+    return prompt
+
+
+def split_conversation(
+    turns: str | Conversation, name: str, where: str
+) -> tuple[Conversation, str]:
+    """The turns before the last, and what the assistant says in the last."""
+    turns = check_turns(turns, name, where)
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise ValueError(
+            f"{where}: a conversation must end with an assistant turn after another turn, "
+            f"the roles are {', '.join(turn['role'] for turn in turns)}."
+        )
+    return turns[:-1], turns[-1]["content"]
+
+
+def check_turns(value: Any, name: str, where: str) -> Conversation:
     """Checks the turns of a conversation; reads the older ``from``/``value`` spelling too."""
     roles = {"human": "user", "gpt": "assistant"}
     turns = []
@@ -264,12 +296,13 @@ def _turns(value: Any, where: str) -> Conversation:
         turns.append({"role": roles.get(role, role), "content": content})
     if not turns or len(turns) != len(value):
         raise ValueError(
-            f"{where}: expected a list of turns, each with a text 'role' and a text 'content'."
+            f"{where}: expected a list of turns, each with a text 'role' and a text 'content', "
+            f"in field {name!r}."
         )
     return turns
 
 
-def _check_characters(text: str, name: str, where: str) -> None:
+def check_characters(text: str, name: str, where: str) -> None:
     """JSON can spell half of a surrogate pair, which is no character and has no encoding."""
     try:
         text.encode()
@@ -280,17 +313,44 @@ def _check_characters(text: str, name: str, where: str) -> None:
         ) from error
 
 
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(repr(name) for name in row) if row else "no fields"
+def listed(row: Mapping[str, Any]) -> str:
+    """The names of a row's fields, for a message."""
+    return ", ".join(repr(name) for name in _names(row)) or "no fields"
+
+
+def _names(row: Mapping[str, Any], outer: str = "") -> Iterator[str]:
+    for name, value in row.items():
+        if isinstance(value, Mapping) and value:
+            yield from _names(value, f"{outer}{name}.")
+        else:
+            yield f"{outer}{name}"
+
+
+def _missing(row: Mapping[str, Any], side: str, name: str, where: str) -> ValueError:
+    return ValueError(f"{where}: the {side} field {name!r} is missing; the row has {listed(row)}.")
+
+
+def read_rows(
+    data: str | Path, split: str = "train", limit: int | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Pairs (where it stands, the row), of the first ``limit`` rows; see :func:`read_examples`."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit on rows must be at least 1, got {limit}.")
+    return islice(_rows(str(data), split), limit)
 
 
 def _rows(data: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Pairs (where it stands, the row)."""
     path = Path(data)
     if path.is_file() and path.suffix not in TABLES:
         yield from _json_lines(path)
     elif path.exists() or not _looks_like_a_file(data):
-        for number, row in enumerate(_dataset(data, split), start=1):
+        batches = _dataset(data, split).iter(ROWS_AT_ONCE)
+        rows = (
+            dict(zip(columns, values, strict=True))
+            for columns in batches
+            for values in zip(*columns.values(), strict=True)
+        )
+        for number, row in enumerate(rows, start=1):
             yield f"{data}, row {number}", row
     else:
         raise FileNotFoundError(f"{data}: no such file.")
@@ -322,13 +382,18 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield where, row
 
 
-def _dataset(data: str, split: str) -> Iterable[Mapping[str, Any]]:
+def _dataset(data: str, split: str) -> "datasets.Dataset":
     """A table, a saved dataset, or a dataset by name through ``datasets``."""
     import datasets  # slow to import, and a JSONL file does not need it
 
     path = Path(data)
     if path.is_file():
-        return datasets.load_dataset(TABLES[path.suffix], data_files=data, split="train")
+        kind = TABLES[path.suffix]
+        try:
+            return datasets.load_dataset(kind, data_files=data, split="train")
+        except (datasets.exceptions.DatasetGenerationError, ValueError, RuntimeError) as error:
+            reason = (str(error.__cause__ or "") or str(error)).strip()
+            raise ValueError(f"{data}: empty, or not a {kind} table ({reason}).") from error
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         saved = datasets.load_from_disk(data)
         if not isinstance(saved, datasets.DatasetDict):
