@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from vcore_train.config import VcoreConfig
     from vcore_train.directions import descent_direction
     from vcore_train.gradient_norms import sequence_grad_norms
+    from vcore_train.gvm.config import GvmConfig
+    from vcore_train.gvm.trainer import GvmTrainer
     from vcore_train.reuse import forward_with_utilities
     from vcore_train.trainer import VcoreTrainer
     from vcore_train.utilities import token_utilities
 
 __all__ = [
+    "GvmConfig",
+    "GvmTrainer",
     "VcoreConfig",
     "VcoreTrainer",
     "descent_direction",
@@ -25,6 +29,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "GvmConfig": "gvm.config",
+    "GvmTrainer": "gvm.trainer",
     "VcoreConfig": "config",
     "VcoreTrainer": "trainer",
     "descent_direction": "directions",

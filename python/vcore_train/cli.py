@@ -6,9 +6,11 @@ from collections.abc import Sequence
 # Modules of the `train` extra, by import name.
 EXTRA = (
     "accelerate",
+    "cloudpickle",
     "datasets",
     "matplotlib",
     "peft",
+    "pyarrow",
     "rich",
     "safetensors",
     "tokenizers",

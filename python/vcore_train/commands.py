@@ -5,9 +5,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vcore_train import experiment_commands
+from vcore_train import experiment_commands, gvm_commands
 from vcore_train.console import console, quiet_other_libraries
 from vcore_train.option_checks import check_numbers, check_train, in_options
+from vcore_train.option_help import option
 
 app = typer.Typer(
     name="vcore",
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(experiment_commands.app, name="experiment")
+app.add_typer(gvm_commands.app, name="gvm")
 
 
 @app.callback()
@@ -36,15 +38,6 @@ IwLevel = Literal["sequence", "token"]
 LongRows = Literal["error", "truncate", "skip"]
 EmptyRows = Literal["error", "skip"]
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
-
-
-def option(
-    help: str, *names: str, panel: str | None = None, default: str | None = None, **kwargs: Any
-) -> Any:
-    """``default``: what leaving the option out means, where its own default is None."""
-    if default is not None:
-        help = f"{help.removesuffix('.')} (default: {default})."
-    return typer.Option(*names, help=help, rich_help_panel=panel, **kwargs)
 
 
 DATA, MODEL, WEIGHTS, OTHERS, RUN = (

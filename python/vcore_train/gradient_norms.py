@@ -47,6 +47,7 @@ def sequence_grad_norms(
     inputs: Mapping[str, Any],
     *,
     params: str | Sequence[str] = "embeddings",
+    temperature: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     """``|| grad_W sum_t log p(y_t) ||_F`` of every response, W chosen by ``params``.
@@ -81,6 +82,7 @@ def sequence_grad_norms(
             - names as in ``model.named_parameters()``, of weights and biases of linear layers and
               weights of embeddings, frozen or not. Of a LoRA model, what is being trained:
               ``[n for n, p in model.named_parameters() if p.requires_grad]``.
+        temperature: log-probabilities are those of sampling at this temperature.
         backend: of the head operators of vcore_kernels.
 
     Returns:
@@ -119,7 +121,7 @@ def sequence_grad_norms(
                     f"sequence_grad_norms: the pass looks nothing up in {chosen[embedding]}. Pass "
                     "input_ids, not inputs_embeds."
                 )
-            head = head_of(model).detach()
+            head = head_of(model).detach().tempered(temperature)
             loss, nll = weighted_linear_nll(
                 hidden,
                 head.weight,

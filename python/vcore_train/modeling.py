@@ -59,6 +59,20 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias)
 
+    def tempered(self, temperature: float) -> "Head":
+        """With the logits of the distribution that is sampled from at ``temperature``.
+
+        Raises ValueError for a soft-capped head: the division would have to follow the cap.
+        """
+        if temperature == 1:
+            return self
+        if self.softcap is not None:
+            raise ValueError(
+                f"a head with soft-capped logits has no log-probabilities at temperature "
+                f"{temperature} here. Sample at temperature 1."
+            )
+        return replace(self, scale=self.scale / temperature)
+
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside ``model``, which may be PEFT-wrapped.

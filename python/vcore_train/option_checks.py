@@ -59,6 +59,13 @@ RANGES = {
     **dict.fromkeys(("iw_temp", "variance_cap"), NOT_NEGATIVE),
     **dict.fromkeys(("lora_dropout", "ema_decay"), Range(0, 1, high_open=True)),
     "random_keep": Range(0, 1, low_open=True),
+    **dict.fromkeys(("iterations", "prompts_per_iteration", "samples_per_prompt"), COUNT),
+    **dict.fromkeys(("steps_per_iteration", "epochs_per_iteration", "max_new_tokens"), COUNT),
+    **dict.fromkeys(("generation_batch_size", "eval_samples", "verifier_workers"), COUNT),
+    **dict.fromkeys(("temperature", "verifier_seconds"), POSITIVE),
+    **dict.fromkeys(("clip_low", "clip_high", "beta", "stage1_samples", "top_k"), NOT_NEGATIVE),
+    **dict.fromkeys(("budget",), NOT_NEGATIVE),
+    "top_p": Range(0, 1, low_open=True),
     "seed": Range(0, 2**32 - 1),
 }
 # Names in messages of the library, where the option is called otherwise.
@@ -72,6 +79,12 @@ FLAGS = {
     "warmup_steps": "--warmup",
     "lr_scheduler_type": "--schedule",
 }
+# Options of ``vcore gvm`` that are called as in GvmConfig.
+GVM = (
+    *("allocation", "allocation_options", "stage1_samples", "reuse_stage1", "objective"),
+    *("samples_per_prompt", "prompts_per_iteration", "prompt_weighting", "aggregation", "beta"),
+    *("dual_clip", "advantage_scale", "grad_norm_params", "max_new_tokens", "verifier"),
+)
 
 
 def flag(name: str) -> str:
@@ -123,18 +136,29 @@ def check_train(options: Mapping[str, Any]) -> None:
     _excludes(options, "tokenizer", ("vocab_size",), "no tokenizer is trained")
 
 
+def check_gvm(options: Mapping[str, Any]) -> None:
+    """Raises for options of ``vcore gvm`` that are wrong or would be ignored."""
+    check_numbers(options)
+    adapters = ("lora_rank", "lora_alpha", "lora_targets")
+    _needs(options, adapters, options["lora"], "--lora")
+    _needs(options, ("eval_limit",), options["eval_data"], "--eval-data")
+    _needs(options, ("engine_options",), options["engine"] == "vllm", "--engine vllm")
+    _needs(options, ("dual_clip",), options["objective"] == "grpo", "--objective grpo")
+
+
 def in_options(message: str) -> str:
     """A message of the library's configuration or trainer in the words of the command line."""
     head, colon, text = message.partition(": ")
-    sources = ("VcoreConfig", "VcoreTrainer", "reuse_forward", "train_tokenizer", "dataset")
+    sources = (
+        *("VcoreConfig", "VcoreTrainer", "reuse_forward", "train_tokenizer", "dataset"),
+        *("GvmConfig", "GvmTrainer"),
+    )
     if not colon or head not in sources:
         return message
 
     def named(match: re.Match[str]) -> str:
         name, follows = match["name"], match["follows"] or ""
-        known = (
-            name in FLAGS or name in VCORE or name in RANGES or name in ("vocab_size", "iw_clip")
-        )
+        known = name in FLAGS or name in (*VCORE, *GVM, "vocab_size", "iw_clip") or name in RANGES
         if not known or ("_" not in name and not follows):
             return match[0]
         return flag(name) + (" " if follows == "=" else follows)

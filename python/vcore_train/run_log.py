@@ -5,7 +5,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ class RunLog(TrainerCallback):
         console: Console,
         file: MetricsFile | None = None,
         extra: Mapping[str, Any] | None = None,
+        figures: Sequence[str] = ("nll", "kl", "ess", "alpha"),
     ):
+        """``figures``: what of a line of training is shown."""
+        self.figures = figures
         self.label, self.console, self.file, self.extra = label, console, file, dict(extra or {})
         self.rows: list[dict[str, Any]] = list(file.rows) if file is not None else []
         self.seconds: list[float] = []
@@ -154,9 +158,7 @@ class RunLog(TrainerCallback):
             self.file.append(row)
         if "loss" not in row:
             return
-        figures = "  ".join(
-            f"{name} {row[name]:.3g}" for name in ("nll", "kl", "ess", "alpha") if name in row
-        )
+        figures = "  ".join(f"{name} {row[name]:.3g}" for name in self.figures if name in row)
         if self._progress is not None:
             self._progress.update(self._task, figures=figures)
         elif state.global_step * 10 // max(state.max_steps, 1) > self._told:  # a line every tenth
@@ -164,6 +166,19 @@ class RunLog(TrainerCallback):
             self.console.print(
                 f"{self.label:<9} step {state.global_step}/{state.max_steps}  {figures}"
             )
+
+    @contextmanager
+    def task(self, what: str, total: int) -> Iterator[Callable[[int], Any]]:
+        """A second bar below that of the steps; the function that it gives moves it on."""
+        progress = self._progress
+        if progress is None:
+            yield lambda steps: None
+            return
+        task = progress.add_task(what, total=total, figures="")
+        try:
+            yield lambda steps: progress.advance(task, steps)
+        finally:
+            progress.remove_task(task)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()

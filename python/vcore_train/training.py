@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from vcore_train.checkpoint import recover
 from vcore_train.config import VcoreConfig
 from vcore_train.data import Encoded, encode, plain_text, read_examples
 from vcore_train.interrupt import StopAtInterrupt
@@ -33,7 +32,8 @@ from vcore_train.run_folder import (
     PLOTS,
     SUMMARY,
     ClearFolder,
-    holds_a_run,
+    claim,
+    finished_summary,
     last_checkpoint,
     steps_done,
 )
@@ -117,7 +117,7 @@ def train(options: TrainOptions, console: Console) -> TrainSummary:
     metrics = MetricsFile(options.out / METRICS, keep_up_to=done)
     tokenizer, model, train_rows, eval_rows = _prepare(options, checkpoint, console)
     if options.lora is not None:
-        model = _with_lora(model, options.lora)
+        model = with_lora(model, options.lora)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     _announce(options, arguments, train_rows, model, trainable, console)
 
@@ -144,7 +144,7 @@ def train(options: TrainOptions, console: Console) -> TrainSummary:
                 "is left to train; raise --steps or --epochs for more.",
                 soft_wrap=True,
             )
-            finished = _finished_summary(options.out, done)
+            finished = finished_summary(options.out, TrainSummary, done)
             if finished is not None:
                 return finished
             _restore(trainer, checkpoint)
@@ -167,42 +167,18 @@ def train(options: TrainOptions, console: Console) -> TrainSummary:
 
 def _checkpoint(options: TrainOptions) -> str | None:
     """The checkpoint to resume from; refuses to mix two runs in one folder."""
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out}: is a file, expected a folder.")
-    if options.resume and options.overwrite:
-        raise ValueError("--resume continues a run, --overwrite replaces it: pass one of them.")
-    if options.resume:
-        recover(options.out)
-        last = last_checkpoint(options.out)
-        if last is None:
-            raise ValueError(f"--resume: no checkpoint-* folder in {options.out}.")
-        return last
-    if not options.overwrite:
-        if holds_a_run(options.out):
-            raise ValueError(
-                f"{options.out} holds an earlier run. Continue it with --resume, replace it with "
-                "--overwrite, or choose another --out."
-            )
+    inputs = {"--model": options.model.model, "--tokenizer": options.model.tokenizer}
+    claim(options.out, resume=options.resume, overwrite=options.overwrite, inputs=inputs)
+    if not options.resume:
         return None
-    out = options.out.resolve()
-    for flag, name in (("--model", options.model.model), ("--tokenizer", options.model.tokenizer)):
-        if name is not None and out in (Path(name).resolve(), *Path(name).resolve().parents):
-            raise ValueError(f"--overwrite would remove {flag} {name}: choose another --out.")
-    return None
+    last = last_checkpoint(options.out)
+    if last is None:
+        raise ValueError(f"--resume: no checkpoint-* folder in {options.out}.")
+    return last
 
 
 def _planned_steps(trainer: VcoreTrainer) -> int:
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-
-
-def _finished_summary(out: Path, done: int) -> TrainSummary | None:
-    """The summary of a run that ended, None where it was stopped before it wrote its results."""
-    try:
-        record = json.loads((out / SUMMARY).read_text(encoding="utf-8"))
-        summary = TrainSummary(**{f.name: record[f.name] for f in fields(TrainSummary)})
-    except (FileNotFoundError, json.JSONDecodeError, LookupError, TypeError):
-        return None
-    return summary if summary.steps >= done and not summary.interrupted else None
 
 
 def _restore(trainer: VcoreTrainer, checkpoint: str) -> None:
@@ -282,7 +258,8 @@ def _prepare(
     return tokenizer, model, train_rows, eval_rows
 
 
-def _with_lora(model: PreTrainedModel, lora: LoraOptions) -> Any:
+def with_lora(model: PreTrainedModel, lora: LoraOptions) -> Any:
+    """A PEFT model around ``model``."""
     from peft import LoraConfig, get_peft_model  # needed only here
 
     targets: Any = lora.targets

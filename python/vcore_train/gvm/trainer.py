@@ -1,0 +1,703 @@
+"""Training on sampled responses: RAFT, RAFT++ and GRPO with allocated samples."""
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.profiler import record_function
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from vcore_kernels import grpo_loss, raft_loss
+from vcore_train.base_trainer import BaseTrainer
+from vcore_train.collators import PaddingCollator, model_inputs
+from vcore_train.data import prompt_tokens
+from vcore_train.forward_redirection import call_inside_forward
+from vcore_train.gradient_norms import sequence_grad_norms
+from vcore_train.gvm.config import SAMPLING_OPTIONS, GvmConfig
+from vcore_train.gvm.engines import RolloutEngine, Sampling, TransformersEngine
+from vcore_train.gvm.m_step import MStep, TrainedRow, plan_m_step
+from vcore_train.gvm.sampling import Collector, EStep, Plan, Progress, Task, e_step, tally
+from vcore_train.gvm.store import IterationStore, Rollout, fingerprint, write_atomically
+from vcore_train.metrics import Metrics
+from vcore_train.modeling import (
+    IGNORE_INDEX,
+    causal_lm,
+    head_of,
+    probing,
+    token_nll,
+    verify_head,
+)
+from vcore_train.prompts import as_prompts
+from vcore_train.run_folder import ROLLOUTS
+from vcore_train.verifiers import Verification, Verifier
+
+logger = logging.getLogger(__name__)
+RUN_FILE = "run.json"
+
+
+@dataclass
+class _Iteration:
+    """The iteration under way."""
+
+    number: int
+    tasks: list[Task]
+    e_step: EStep
+    m_step: MStep
+    store: IterationStore
+    figures: dict[str, float]
+    logp: dict[str, list[Tensor]]  # "old", "ref": [n] of each row of the M-step, where needed
+
+
+class GvmTrainer(BaseTrainer):
+    """Trains a causal language model on its own responses, sampled where they teach most.
+
+    Each iteration (see :class:`GvmConfig`): the first stage samples every prompt a few times with
+    the current weights; the verifier gives each response a reward, accepted above 0; from the
+    acceptance rate p and the gradient norm G of each prompt the rule distributes the samples of
+    the second stage (GVM, arXiv 2505.02391); the M-step takes optimizer steps of RAFT, RAFT++ or
+    GRPO on what came back, with respect to the log-probabilities before its first step. At that
+    step ratios are exactly 1. Where the rule finds no prompt that it would give a sample to, the
+    rest of the budget is shared evenly; where no response is left to learn from, the weights stay
+    as they are for that iteration and a warning says so.
+
+    Under ``output_dir/rollouts`` every response is on disk before the next batch is sampled, with
+    p, G and the samples of each prompt. ``train(resume_from_checkpoint=True)`` after a kill at any
+    moment continues from the last checkpoint, samples only what is missing, and repeats what an
+    uninterrupted run would have done, bit for bit where the machine's arithmetic is reproducible.
+    Responses of other weights than those that resumed (an earlier checkpoint, for instance) are
+    set aside as ``*.replaced``.
+
+    Logged at each optimizer step: ``loss``, ``ratio`` (mean), ``clip_fraction`` (tokens whose
+    ratio the clip holds), ``kl_old`` (k3 estimate of the KL from the policy that sampled, nats a
+    token). Once an iteration: ``accept_rate`` (all responses), ``reward``, ``rollouts`` (all so
+    far), ``trained_rows``, ``prompts_accepted`` / ``prompts_rejected`` / ``prompts_solved`` (with
+    some, no, only accepted responses), ``truncated`` and ``truncated_accepted`` (cut at the length
+    limit), ``unverified`` (verifier raised, hung or died), ``missing`` (not returned by the
+    engine), ``fell_back``, ``empty_steps`` (optimizer steps without a response),
+    ``response_tokens`` (mean), ``samples_min`` / ``samples_max`` (of a prompt in the second stage),
+    ``prompts_unsampled``, ``grad_norm_mean``, and seconds of each part.
+
+    Args:
+        model: a transformers causal LM, or a PEFT model around one.
+        args: a :class:`GvmConfig`.
+        train_dataset: prompts with reference answers: :class:`vcore_train.prompts.Prompt` objects,
+            or rows (a list or ``datasets.Dataset``) with ``prompt`` (text or the turns of a
+            conversation) and ``answer``.
+        processing_class: the tokenizer.
+        verifier: ``"exact"``, ``"math-verify"`` or a function (response, answer) -> reward, which
+            runs in processes of its own (:mod:`vcore_train.verifiers`).
+        engine: samples responses; None: :class:`TransformersEngine`.
+        eval_dataset: more prompts, for the accuracy that ``evaluate`` gives.
+        ref_model: reference of the KL where ``beta`` is not 0. None: the model as it was given
+            (PEFT: without its adapters, otherwise a copy).
+        **kwargs: as in ``transformers.Trainer``.
+
+    Raises:
+        TypeError, ValueError: a model, data set or combination of options that cannot be trained,
+            with what would work.
+    """
+
+    args: GvmConfig
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: GvmConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        verifier: str | Verifier = "math-verify",
+        engine: RolloutEngine | None = None,
+        eval_dataset: Any = None,
+        ref_model: nn.Module | None = None,
+        **kwargs: Any,
+    ):
+        args = GvmConfig() if args is None else args
+        if not isinstance(args, GvmConfig):
+            raise TypeError(
+                f"GvmTrainer: args must be a GvmConfig, got {type(args).__name__}. It takes every "
+                "option of TrainingArguments."
+            )
+        if args.world_size > 1:
+            raise ValueError(
+                f"GvmTrainer: works in one process so far, and there are {args.world_size}."
+            )
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ValueError("GvmTrainer: processing_class must be the model's tokenizer.")
+        super().__init__(
+            model, args, eval_dataset=eval_dataset, processing_class=processing_class, **kwargs
+        )
+        self.tokenizer = processing_class
+        unwrapped = self._unwrapped()
+        verify_head(unwrapped)
+        head_of(unwrapped).tempered(args.temperature)
+        self.tasks = self._tasks(train_dataset, "training") if train_dataset is not None else []
+        self._check_sizes()
+        self.engine = TransformersEngine(processing_class) if engine is None else engine
+        self.verification = Verification(
+            verifier, seconds=args.verifier_seconds, workers=args.verifier_workers
+        )
+        self.progress: Progress = self._tqdm
+        self.metrics = Metrics()
+        self._reference = self._make_reference(ref_model)
+        self._collate = PaddingCollator(processing_class.pad_token_id or 0)
+        self._iteration: _Iteration | None = None
+        self._evaluated: tuple[Any, list[Task]] | None = None  # a data set and its prompts
+
+    # ---- construction ----
+
+    def _tasks(self, dataset: Any, what: str) -> list[Task]:
+        """The prompts of a data set as tokens."""
+        prompts = as_prompts(dataset, what)
+        tokens = prompt_tokens([prompt.prompt for prompt in prompts], self.tokenizer)
+        window = causal_lm(self._unwrapped()).config.get_text_config().max_position_embeddings
+        for prompt, row in zip(prompts, tokens, strict=True):
+            if not row:
+                raise ValueError(f"{prompt.where}: the prompt has no token.")
+            if window is not None and len(row) + self.args.max_new_tokens > window:
+                raise ValueError(
+                    f"{prompt.where}: the prompt has {len(row)} tokens, and with max_new_tokens="
+                    f"{self.args.max_new_tokens} that is more than the model's window of {window}. "
+                    "Lower max_new_tokens, or leave the prompt out."
+                )
+        return [
+            Task(i, row, p.answer) for i, (row, p) in enumerate(zip(tokens, prompts, strict=True))
+        ]
+
+    def _check_sizes(self) -> None:
+        args, number = self.args, len(self.tasks)
+        if not number:
+            return
+        if (args.prompts_per_iteration or 0) > number:
+            raise ValueError(
+                f"GvmTrainer: prompts_per_iteration={args.prompts_per_iteration}, but there are "
+                f"{number} prompts."
+            )
+        taken = args.prompts_per_iteration or number
+        if taken < args.steps_per_iteration:
+            raise ValueError(
+                f"GvmTrainer: steps_per_iteration={args.steps_per_iteration} for {taken} prompts. "
+                "Take no more steps than prompts."
+            )
+
+    def _make_reference(self, given: nn.Module | None) -> nn.Module | None:
+        """None where no KL is taken, or where a PEFT model without its adapters serves."""
+        if self.args.beta == 0:
+            return None
+        if given is None and isinstance(self._unwrapped(), PeftModel):
+            return None
+        reference = copy.deepcopy(self._unwrapped()) if given is None else given
+        verify_head(reference)
+        return reference.to(self.args.device).requires_grad_(False).eval()
+
+    # ---- the run ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The optimizer steps by number; what each trains on is only known when it is reached."""
+        if not self.tasks:
+            raise ValueError("GvmTrainer: training needs a train_dataset.")
+        steps = cast(Any, range(self.args.max_steps))
+        return DataLoader(steps, batch_size=1, collate_fn=lambda numbers: {"number": numbers[0]})
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        folder = self._folder / ROLLOUTS
+        if not resume_from_checkpoint and folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"GvmTrainer: {folder} holds responses of an earlier run. Continue it with "
+                "resume_from_checkpoint=True, or choose another output_dir."
+            )
+        if resume_from_checkpoint is True and get_last_checkpoint(str(self._folder)) is None:
+            resume_from_checkpoint = None  # killed before the first one; its responses are here
+        self._check_run(folder)
+        self._iteration = None
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.verification.close()
+
+    @property
+    def _folder(self) -> Path:
+        return Path(cast(str, self.args.output_dir))
+
+    def _check_run(self, folder: Path) -> None:
+        """Raises where responses on disk were sampled under other options or from other prompts."""
+        options = {name: getattr(self.args, name) for name in SAMPLING_OPTIONS}
+        content = json.dumps([[task.tokens, task.answer] for task in self.tasks])
+        options["prompts"] = hashlib.sha256(content.encode()).hexdigest()[:32]
+        options = json.loads(json.dumps(options))
+        path = folder / RUN_FILE
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [name for name in options if before.get(name) != options[name]]
+            if changed:
+                told = "; ".join(f"{n} was {before.get(n)}, is {options[n]}" for n in changed)
+                raise ValueError(
+                    f"GvmTrainer: the run in {self._folder} was sampled otherwise: {told}. Resume "
+                    "with the same options, or choose another output_dir."
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(options, indent=1))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, None]:
+        number = next(epoch_iterator)["number"]
+        iteration, place = divmod(number, self.args.steps_of_iteration)
+        if self._iteration is None or self._iteration.number != iteration:
+            self._iteration = None  # frees the last one
+            self._iteration = self._begin(iteration, middle=place > 0)
+        return [{"number": number, "micro_batches": self._iteration.m_step.steps[place]}], None
+
+    def _begin(self, number: int, *, middle: bool) -> _Iteration:
+        """The E-step, and the plan of the M-step. ``middle``: of an iteration that is resumed."""
+        args, model = self.args, self._unwrapped()
+        folder = self._folder / ROLLOUTS / f"iteration-{number:04d}"
+        store = IterationStore(folder, None if middle else fingerprint(model))
+        if store.replaced:
+            logger.warning(
+                "The responses in %s were sampled by other weights and are set aside.", folder
+            )
+        tasks = [self.tasks[i] for i in self._prompts_of(number)]
+        start = time.perf_counter()
+        with self.compute_loss_context_manager():
+            self.engine.load(model)
+            collector = Collector(
+                _Resumed() if middle else self.engine,
+                self.verification,
+                self.tokenizer,
+                args.sampling,
+                store,
+                tasks,
+                batch_size=args.generation_batch_size,
+                seed=(args.seed, number),
+                progress=self.progress,
+            )
+            with record_function("vcore::e_step"):
+                found = e_step(
+                    collector,
+                    Plan(
+                        args.allocation,
+                        cast(dict, args.allocation_options),
+                        args.samples_per_prompt,
+                        args.stage1,
+                        args.reuse_stage1,
+                        args.grad_norm_average,
+                    ),
+                    lambda rollouts: self._norms(tasks, rollouts),
+                )
+            figures = self._e_step_figures(number, found)
+            figures["e_step_seconds"] = time.perf_counter() - start
+            m_step = plan_m_step(found, tasks, args, iteration=number)
+            logp = self._logp_before(store, m_step, middle=middle)
+        store.save_prompts(_prompt_rows(tasks, found))
+        if args.rollout_format == "parquet":
+            store.to_parquet()
+        self._warn(number, found, m_step)
+        figures["trained_rows"] = len(m_step.rows)
+        figures["empty_steps"] = sum(not step for step in m_step.steps)
+        return _Iteration(number, tasks, found, m_step, store, figures, logp)
+
+    def _prompts_of(self, iteration: int) -> list[int]:
+        total, taken = len(self.tasks), self.args.prompts_per_iteration
+        if taken is None:
+            return list(range(total))
+        passes, place = divmod(iteration, total // taken)
+        generator = np.random.default_rng(np.random.SeedSequence((self.args.seed, passes)))
+        return generator.permutation(total)[place * taken : (place + 1) * taken].tolist()
+
+    def _norms(self, tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> Tensor:
+        """Of the gradient of each response's summed log-probability."""
+        rows = [
+            TrainedRow(
+                [*tasks[r.prompt].tokens, *r.tokens],
+                [IGNORE_INDEX] * len(tasks[r.prompt].tokens) + r.tokens,
+                0.0,
+                0.0,
+            )
+            for r in rollouts
+        ]
+        norms = torch.zeros(len(rows), dtype=torch.float64)
+        with self.progress("gradient norms", len(rows)) as advance:
+            for places in self._by_length(rows):
+                norms[places] = (
+                    sequence_grad_norms(
+                        self._unwrapped(),
+                        self._batch([rows[i] for i in places]),
+                        params=self.args.grad_norm_params,
+                        temperature=self.args.temperature,
+                    )
+                    .double()
+                    .cpu()
+                )
+                advance(len(places))
+        return norms
+
+    def _by_length(self, rows: Sequence[TrainedRow]) -> Iterator[list[int]]:
+        """Micro-batches of places in ``rows``."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].input_ids))
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def _batch(self, rows: Sequence[TrainedRow]) -> dict[str, Tensor]:
+        collated = self._collate([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])
+        return self._prepare_inputs(model_inputs(collated))
+
+    # ---- log-probabilities ----
+
+    def _logp(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[B, T], 0 where not supervised."""
+        head = head_of(model).tempered(self.args.temperature)
+        return -token_nll(model, inputs, head=head)
+
+    def _logp_before(
+        self, store: IterationStore, m_step: MStep, *, middle: bool
+    ) -> dict[str, list[Tensor]]:
+        """Of the policy that sampled and of the reference, for each row, before any step."""
+        args, found = self.args, {}
+        needed = []
+        if args.objective != "raft" and args.steps_of_iteration > 1:
+            needed.append("old")
+        if args.beta > 0:
+            needed.append("ref")
+        if not needed or not m_step.rows:
+            return {}
+        lengths = [sum(label != IGNORE_INDEX for label in row.labels) for row in m_step.rows]
+        kept = store.logp()
+        if kept is not None and all(
+            name in kept and len(kept[name]) == sum(lengths) for name in needed
+        ):
+            return {name: list(kept[name].split(lengths)) for name in needed}
+        if middle:
+            raise ValueError(
+                f"GvmTrainer: {store.folder} has no log-probabilities of the policy that sampled, "
+                "and its weights have moved on. Resume from the checkpoint at the start of the "
+                "iteration."
+            )
+        for name in needed:
+            found[name] = self._row_logp(m_step.rows, reference=name == "ref")
+        store.save_logp({name: torch.cat(values) for name, values in found.items()})
+        return found
+
+    def _row_logp(self, rows: Sequence[TrainedRow], *, reference: bool) -> list[Tensor]:
+        found: list[Tensor] = [torch.empty(0)] * len(rows)
+        what = "log-probabilities" + (" of the reference" if reference else "")
+        policy = self._as_reference() if reference else nullcontext(self._unwrapped())
+        with (
+            policy as model,
+            torch.no_grad(),
+            probing(model, attention=None),
+            self.progress(what, len(rows)) as advance,
+        ):
+            for places in self._by_length(rows):
+                batch = self._batch([rows[i] for i in places])
+                logp = self._logp(model, batch)
+                mask = batch["labels"] != IGNORE_INDEX
+                for i, values, own in zip(places, logp, mask, strict=True):
+                    found[i] = values[own].cpu()
+                advance(len(places))
+        return found
+
+    @contextmanager
+    def _as_reference(self) -> Iterator[nn.Module]:
+        if self._reference is not None:
+            yield self._reference
+            return
+        model = cast(PeftModel, self._unwrapped())
+        with model.disable_adapter():
+            yield model
+
+    # ---- one optimizer step ----
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """All micro-batches of the step. Without any no gradient is made, and nothing moves."""
+        assert self._iteration is not None
+        model.train()
+        start = time.perf_counter()
+        first = inputs["number"] % self.args.steps_of_iteration == 0
+        total = torch.zeros((), device=self.args.device)
+        with record_function("vcore::training_pass"):
+            for places in inputs["micro_batches"]:
+                rows = [self._iteration.m_step.rows[i] for i in places]
+                with self.compute_loss_context_manager():
+                    loss = self._loss(model, rows, places, on_policy=first)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        figures = self._iteration.figures
+        figures["m_step_seconds"] = figures.get("m_step_seconds", 0.0) + time.perf_counter() - start
+        return total
+
+    def _loss(
+        self, model: nn.Module, rows: list[TrainedRow], places: list[int], *, on_policy: bool
+    ) -> Tensor:
+        assert self._iteration is not None
+        args, kept = self.args, self._iteration.logp
+        unwrapped, batch = self._unwrapped(model), self._batch(rows)
+        mask = batch["labels"] != IGNORE_INDEX
+        logp = call_inside_forward(model, unwrapped, lambda: self._logp(unwrapped, batch))
+
+        def padded(name: str) -> Tensor:
+            values = torch.cat([kept[name][i] for i in places]).to(logp)
+            return torch.zeros_like(logp).masked_scatter(mask, values)
+
+        old = None if args.objective == "raft" else logp.detach() if on_policy else padded("old")
+        advantage = torch.tensor([row.advantage for row in rows], device=logp.device)
+        common: dict[str, Any] = {
+            "mask": mask,
+            "prompt_weight": torch.tensor([row.weight for row in rows], device=logp.device),
+            "aggregation": args.loss_aggregation,
+            "max_length": args.max_new_tokens,
+            "num_items": self._iteration.m_step.num_items,
+        }
+        if old is not None:
+            common |= {"clip_low": args.clip_low, "clip_high": args.clip_high}
+            self._count_ratios(logp.detach() - old, advantage, mask)
+        if args.objective != "grpo":
+            return raft_loss(logp, old, advantage, **common)
+        return grpo_loss(
+            logp,
+            old,
+            advantage,
+            ref_logp=padded("ref") if args.beta > 0 else None,
+            beta=args.beta,
+            dual_clip=args.dual_clip,
+            **common,
+        )
+
+    def _count_ratios(self, log_ratio: Tensor, advantage: Tensor, mask: Tensor) -> None:
+        ratio, tokens = log_ratio.exp(), mask.sum()
+        above = (ratio > 1 + self.args.clip_high) & (advantage > 0).unsqueeze(1)
+        below = (ratio < 1 - self.args.clip_low) & (advantage < 0).unsqueeze(1)
+        for name, values in (
+            ("ratio", ratio),
+            ("clip_fraction", above | below),
+            ("kl_old", torch.expm1(-log_ratio) + log_ratio),
+        ):
+            self.metrics.add_to_ratio(name, values.where(mask, 0).sum(), tokens)
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Of the training passes: 6 for each parameter and token."""
+        assert self._iteration is not None
+        rows = self._iteration.m_step.rows
+        tokens = sum(len(rows[i].input_ids) for micro in inputs["micro_batches"] for i in micro)
+        return 6 * tokens * causal_lm(self._unwrapped()).num_parameters()
+
+    # ---- what is told ----
+
+    def _e_step_figures(self, number: int, found: EStep) -> dict[str, float]:
+        rollouts = found.rollouts
+        sampled, accepted = tally(rollouts, found.prompts)
+        second, _ = tally([r for r in rollouts if r.stage == 2], found.prompts)
+        count = max(len(rollouts), 1)
+        truncated = [r for r in rollouts if not r.finished]
+        figures: dict[str, float] = {
+            "iteration": number,
+            "rollouts": self._rollouts_before(number) + len(rollouts),
+            "accept_rate": int(accepted.sum()) / count,
+            "reward": sum(r.reward for r in rollouts) / count,
+            "prompts_accepted": int(((accepted > 0) & (accepted < sampled)).sum()),
+            "prompts_rejected": int(((accepted == 0) & (sampled > 0)).sum()),
+            "prompts_solved": int(((accepted == sampled) & (sampled > 0)).sum()),
+            "truncated": len(truncated),
+            "truncated_accepted": sum(r.accepted for r in truncated),
+            "unverified": sum(r.problem is not None for r in rollouts),
+            "missing": found.missing,
+            "fell_back": int(found.fell_back is not None),
+            "response_tokens": sum(len(r.tokens) for r in rollouts) / count,
+            "samples_min": int(second.min()),
+            "samples_max": int(second.max()),
+            "prompts_unsampled": int((second == 0).sum()),
+        }
+        if found.grad_norm is not None and found.grad_norm.any():
+            figures["grad_norm_mean"] = float(found.grad_norm[found.grad_norm > 0].mean())
+        return figures
+
+    def _rollouts_before(self, number: int) -> int:
+        """Responses of the iterations before, by what was logged of the last of them."""
+        logged = [line for line in self.state.log_history if "rollouts" in line]
+        return int(logged[-1]["rollouts"]) if number and logged else 0
+
+    def _warn(self, number: int, found: EStep, m_step: MStep) -> None:
+        rollouts = found.rollouts
+        if found.fell_back is not None:
+            logger.warning(
+                "Iteration %d: the samples are shared evenly. %s", number, found.fell_back
+            )
+        if not any(r.accepted for r in rollouts):
+            logger.warning(
+                "Iteration %d: no prompt was accepted: none of %d responses to %d prompts has a "
+                "positive reward. Start from a model that solves some of them, or take easier "
+                "prompts.",
+                number,
+                len(rollouts),
+                found.prompts,
+            )
+        if not m_step.rows:
+            logger.warning(
+                "Iteration %d: no response is left to learn from; the weights stay as they are.",
+                number,
+            )
+        if found.missing:
+            logger.warning(
+                "Iteration %d: the engine did not return %d of the responses asked for.",
+                number,
+                found.missing,
+            )
+        problems = [r.problem for r in rollouts if r.problem is not None]
+        if problems:
+            logger.warning(
+                "Iteration %d: %d responses could not be verified and score 0, the first: %s",
+                number,
+                len(problems),
+                problems[0],
+            )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        current = self._iteration
+        if current is not None and current.figures:
+            done = self.state.global_step == (current.number + 1) * self.args.steps_of_iteration
+            if done:
+                figures, current.figures = current.figures, {}
+                due = self.control.should_log
+                super().log({**figures})
+                self.control.should_log = due
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.metrics.drain()}
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _tqdm(self, what: str, total: int) -> Iterator[Callable[[int], Any]]:
+        with tqdm(total=total, desc=what, leave=False, disable=self.args.disable_tqdm) as bar:
+            yield bar.update
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Samples responses to the evaluation prompts and verifies them.
+
+        Returns ``eval_accuracy`` (share of responses with a positive reward), ``eval_reward``,
+        ``eval_truncated`` (share cut at the length limit), ``eval_unverified`` and
+        ``eval_runtime``. A dictionary of data sets has these for each, its name in between.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, dict):
+            metrics: dict[str, float] = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if dataset is None:
+            raise ValueError("GvmTrainer: evaluation needs an eval_dataset.")
+        start = time.perf_counter()
+        rewards, cut, problems = self.evaluate_rewards(dataset)
+        count = max(len(rewards), 1)
+        figures = {
+            f"{metric_key_prefix}_accuracy": sum(reward > 0 for reward in rewards) / count,
+            f"{metric_key_prefix}_reward": sum(rewards) / count,
+            f"{metric_key_prefix}_truncated": cut / count,
+            f"{metric_key_prefix}_unverified": float(problems),
+            f"{metric_key_prefix}_runtime": time.perf_counter() - start,
+        }
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, figures
+        )
+        return figures
+
+    def evaluate_rewards(self, dataset: Any) -> tuple[list[float], int, int]:
+        """Rewards of ``eval_samples`` responses to each prompt, prompt after prompt; how many of
+        the responses were cut; how many could not be verified."""
+        args = self.args
+        if self._evaluated is None or self._evaluated[0] is not dataset:
+            self._evaluated = (dataset, self._tasks(dataset, "evaluation"))
+        tasks = self._evaluated[1]
+        sampling = args.sampling
+        if args.eval_samples == 1:
+            sampling = Sampling(args.max_new_tokens, temperature=0.0)
+        rewards: dict[int, list[float]] = {i: [] for i in range(len(tasks))}
+        cut = problems = 0
+        order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].tokens))
+        size = max(1, args.generation_batch_size // args.eval_samples)
+        model = self._unwrapped()
+        with self.compute_loss_context_manager(), self.progress("evaluation", len(tasks)) as done:
+            self.engine.load(model)
+            for begin in range(0, len(order), size):
+                places = order[begin : begin + size]
+                responses = self.engine.sample(
+                    [tasks[i].tokens for i in places],
+                    [args.eval_samples] * len(places),
+                    sampling,
+                    seed=args.seed + begin,
+                )
+                flat = [(i, r) for i, rs in zip(places, responses, strict=True) for r in rs]
+                texts = self.tokenizer.batch_decode(
+                    [r.tokens for _, r in flat], skip_special_tokens=True
+                )
+                verdicts = self.verification.judge(
+                    [(text, tasks[i].answer) for (i, _), text in zip(flat, texts, strict=True)]
+                )
+                for (i, response), verdict in zip(flat, verdicts, strict=True):
+                    rewards[i].append(verdict.reward)
+                    cut += not response.finished
+                    problems += verdict.problem is not None
+                done(len(places))
+        return [reward for i in range(len(tasks)) for reward in rewards[i]], cut, problems
+
+
+class _Resumed:
+    """Stands for the engine where an M-step goes on: everything must have been sampled before."""
+
+    def load(self, model: nn.Module) -> None:
+        pass
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "GvmTrainer: the checkpoint is in the middle of an iteration whose responses are not "
+            "all on disk, and its weights have moved on. Resume from the checkpoint at its start."
+        )
+
+
+def _prompt_rows(tasks: Sequence[Task], found: EStep) -> list[dict[str, Any]]:
+    """p, G and the samples of each prompt, as they are kept."""
+    counts = [
+        tally([r for r in found.rollouts if r.stage == stage], found.prompts) for stage in (1, 2)
+    ]
+    return [
+        {
+            "prompt": task.number,
+            "accept_rate": None if found.accept_rate is None else float(found.accept_rate[i]),
+            "grad_norm": None if found.grad_norm is None else float(found.grad_norm[i]),
+            **{
+                f"{name}_{stage}": int(values[i])
+                for stage, pair in zip((1, 2), counts, strict=True)
+                for name, values in zip(("sampled", "accepted"), pair, strict=True)
+            },
+        }
+        for i, task in enumerate(tasks)
+    ]
