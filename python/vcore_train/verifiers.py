@@ -57,8 +57,8 @@ def math_verify_match(response: str, answer: str) -> float:
     math-verify itself, which takes the last expression it finds. Answers that
     :func:`exact_match` accepts are accepted without it.
 
-    An answer that cannot be parsed earns 0.0. One that is hard to evaluate takes for ever: run
-    this function through :class:`Verification`.
+    An answer that cannot be parsed earns 0.0. One that is hard to evaluate, as ``9**9**9`` is,
+    can take forever: run this function through :class:`Verification`.
     """
     if exact_match(response, answer):
         return 1.0
@@ -189,7 +189,8 @@ class Verification:
                         "It shares sys.path and the environment with this program, but none of its "
                         "objects: put the verifier into a module that can be imported by itself."
                     )
-                worker.ready = True
+                else:
+                    worker.ready = True
 
     def _hand_out(self, waiting: deque[tuple[int, tuple[str, str]]]) -> None:
         """Gives pairs to idle workers, and starts workers for those that are left."""

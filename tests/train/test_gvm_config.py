@@ -44,6 +44,7 @@ def test_what_follows_from_the_options():
         ({"max_steps": 7}, "max_steps must be left out"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps must be 1"),
         ({"fp16": True}, "fp16"),
+        ({"save_strategy": "epoch"}, "save_strategy must be 'steps' or 'no'"),
         ({"stage1_samples": 0}, "stage1_samples=0 measures none"),
         ({"samples_per_prompt": 4}, "leaves none to train on"),
         ({"samples_per_prompt": 3, "reuse_stage1": True}, "leaves none to train on"),
@@ -58,6 +59,16 @@ def test_what_follows_from_the_options():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_the_options_parse_from_a_command_line():
+    from transformers import HfArgumentParser
+
+    words = ["--output_dir", "unused", "--report_to", "none", "--use_cpu", "--iterations", "3"]
+    words += ["--allocation_options", '{"alpha": 0.5}', "--reuse_stage1", "--top_p", "0.9"]
+    (args,) = HfArgumentParser(GvmConfig).parse_args_into_dataclasses(words)
+    assert (args.iterations, args.reuse_stage1, args.top_p) == (3, True, 0.9)
+    assert args.allocation_options == {"alpha": 0.5}
 
 
 def test_the_budget_may_be_all_first_stage_where_it_is_reused():

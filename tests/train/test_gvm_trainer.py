@@ -236,6 +236,9 @@ def test_an_iteration_is_told_and_kept(tmp_path):
         assert row["sampled_2"] == len(own)
         assert row["accepted_2"] == sum(r.accepted for r in own)
         assert row["grad_norm"] == float(found.grad_norm[i])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["accept_rate"] == logged(trainer, "accept_rate")[1]
+    assert metrics["m_step_seconds"] > 0
     assert logged(trainer, "samples_max")[1] == max(row["sampled_2"] for row in rows)
 
 

@@ -276,6 +276,11 @@ class GvmConfig(TrainingArguments):
                 "1: an optimizer step has as many micro-batches of per_device_train_batch_size as "
                 "its responses fill",
             )
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self, name) == "epoch":
+                raise _error(
+                    name, "epoch", "'steps' or 'no': a run has no epochs, 0 steps mean an iteration"
+                )
         if self.fp16:
             raise ValueError(
                 "GvmConfig: fp16=True needs a gradient in every step, and a step without an "

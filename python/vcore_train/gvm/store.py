@@ -2,7 +2,8 @@
 way: every sampled response once, what was measured of its prompts, and log-probabilities.
 
 ``rollouts/iteration-0007/`` holds ``responses.jsonl`` (or ``.parquet`` when it is done),
-``grad_norms.json``, ``prompts.jsonl`` (p, G, samples of each prompt) and ``logp.safetensors``.
+``grad_norms.json``, ``prompts.jsonl`` (p, G, samples of each prompt), ``logp.safetensors`` and at
+the end ``metrics.json``.
 """
 
 import hashlib
@@ -161,6 +162,9 @@ class IterationStore:
         write_atomically(
             self._path("prompts.jsonl"), "".join(f"{json.dumps(row)}\n" for row in rows)
         )
+
+    def save_metrics(self, figures: Mapping[str, float]) -> None:
+        write_atomically(self._path("metrics.json"), json.dumps(dict(figures), indent=1))
 
     def save_logp(self, tensors: Mapping[str, Tensor]) -> None:
         path = self._path("logp.safetensors")

@@ -75,7 +75,7 @@ class GvmTrainer(BaseTrainer):
     as they are for that iteration and a warning says so.
 
     Under ``output_dir/rollouts`` every response is on disk before the next batch is sampled, with
-    p, G and the samples of each prompt. ``train(resume_from_checkpoint=True)`` after a kill at any
+    p, G and the samples of each prompt and the figures of the iteration. ``train(resume_from_checkpoint=True)`` after a kill at any
     moment continues from the last checkpoint, samples only what is missing, and repeats what an
     uninterrupted run would have done, bit for bit where the machine's arithmetic is reproducible.
     Responses of other weights than those that resumed (an earlier checkpoint, for instance) are
@@ -577,6 +577,7 @@ class GvmTrainer(BaseTrainer):
             done = self.state.global_step == (current.number + 1) * self.args.steps_of_iteration
             if done:
                 figures, current.figures = current.figures, {}
+                current.store.save_metrics(figures)
                 due = self.control.should_log
                 super().log({**figures})
                 self.control.should_log = due
