@@ -125,7 +125,6 @@ class Verification:
         self._in_process = self.verifier is exact_match
         self._first_message = None if self._in_process else _first_message(self.verifier)
         self._running: list[_Worker] = []
-        self._closed = False
 
     def __enter__(self) -> "Verification":
         return self
@@ -134,8 +133,7 @@ class Verification:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers. Harmless when repeated."""
-        self._closed = True
+        """Ends the workers. Harmless when repeated; a later :meth:`judge` starts new ones."""
         self._end_all()
 
     def judge(
@@ -146,10 +144,8 @@ class Verification:
         ``advance`` is called after each answer. Left by an exception, Ctrl-C for instance, it
         ends all workers, so that no check goes on; the next call starts new ones.
 
-        Raises ValueError after :meth:`close`, RuntimeError where a worker cannot start.
+        Raises RuntimeError where a worker cannot start.
         """
-        if self._closed:
-            raise ValueError("Verification: judge was called after close. Make a new one.")
         verdicts: dict[int, Verdict] = {}
         judged = self._here(pairs) if self._in_process else self._in_workers(pairs)
         try:

@@ -330,8 +330,10 @@ def hangs(text, answer):
 
 
 def test_a_verifier_that_raises(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, iterations=1, verifier=raises)
+    trainer = make_trainer(tmp_path, iterations=1, verifier=raises, eval_dataset=prompts(2))
     trainer.train()
+    assert trainer.evaluate()["eval_unverified"] == 2  # workers come back after training
+    trainer.verification.close()
     assert logged(trainer, "unverified") == [36]
     assert "36 responses could not be verified and score 0, the first: LookupError" in caplog.text
 
