@@ -18,4 +18,5 @@ STUDIES = {  # module in this package: what it answers, one line
     "descent": "What does one step gain from the weights, with which direction and budget?",
     "run": "Does a whole run of weighted training end below plain supervision?",
     "cost": "What does a step cost in time and memory, in units of plain supervision?",
+    "gvm": "Does it pay to decide how many responses each prompt gets, at equal cost?",
 }

@@ -75,11 +75,12 @@ class GvmTrainer(BaseTrainer):
     as they are for that iteration and a warning says so.
 
     Under ``output_dir/rollouts`` every response is on disk before the next batch is sampled, with
-    p, G and the samples of each prompt and the figures of the iteration. ``train(resume_from_checkpoint=True)`` after a kill at any
-    moment continues from the last checkpoint, samples only what is missing, and repeats what an
-    uninterrupted run would have done, bit for bit where the machine's arithmetic is reproducible.
-    Responses of other weights than those that resumed (an earlier checkpoint, for instance) are
-    set aside as ``*.replaced``.
+    p, G and the samples of each prompt and the figures of the iteration. After a kill at any moment
+    ``train(resume_from_checkpoint=True)`` continues from the last checkpoint (or from the start
+    where there is none), samples only what is missing, and repeats what an uninterrupted run would
+    have done, bit for bit where the machine's arithmetic is reproducible. Responses of other
+    weights than those that resumed (an earlier checkpoint, for instance) are set aside as
+    ``*.replaced``.
 
     Logged at each optimizer step: ``loss``, ``ratio`` (mean), ``clip_fraction`` (tokens whose
     ratio the clip holds), ``kl_old`` (k3 estimate of the KL from the policy that sampled, nats a
