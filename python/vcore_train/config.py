@@ -1,10 +1,12 @@
 """The options of :class:`vcore_train.VcoreTrainer`."""
 
-import math
 from dataclasses import dataclass, field
+from functools import partial
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
+
+from vcore_train.config_checks import check_count, check_number, option_error
 
 METHODS = ("sft", "random", "dft", "iw_sft", "vcore")
 DIRECTIONS = ("probe", "ema", "momentum", "adam")
@@ -16,6 +18,8 @@ DEFAULT_KL_BUDGET = 0.02  # nats
 # Optimizers of transformers that keep their moments in the parameters' own layout and precision.
 ADAM_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 MOMENTUM_OPTIMIZERS = (*ADAM_OPTIMIZERS, "sgd")
+_error = partial(option_error, "VcoreConfig")
+_check_number = partial(check_number, "VcoreConfig")
 
 
 @dataclass
@@ -252,8 +256,7 @@ class VcoreConfig(TrainingArguments):
             value = getattr(self, name)
             if value is None and name in ("probe_batch_size", "max_length"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise _error(name, value, f"a whole number of at least {low}")
+            check_count("VcoreConfig", name, value, low)
         if self.iw_clip is not None:
             bounds = self.iw_clip
             if not isinstance(bounds, list | tuple) or len(bounds) != 2:
@@ -331,25 +334,3 @@ class VcoreConfig(TrainingArguments):
                 f"{self.world_size}: gradients are synchronised around the forward pass of the "
                 "training step, which it leaves out. Leave reuse_forward off."
             )
-
-
-def _error(name: str, value: object, allowed: str) -> ValueError:
-    return ValueError(f"VcoreConfig: {name} must be {allowed}, got {value!r}.")
-
-
-def _check_number(
-    name: str,
-    value: object,
-    *,
-    low: float,
-    high: float = math.inf,
-    low_open: bool = False,
-    high_open: bool = False,
-) -> None:
-    allowed = f"a finite number {'above' if low_open else 'of at least'} {low}"
-    if high < math.inf:
-        allowed += f" and {'below' if high_open else 'at most'} {high}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _error(name, value, allowed)
-    if value < low or value > high or (low_open and value == low) or (high_open and value == high):
-        raise _error(name, value, allowed)

@@ -123,7 +123,10 @@ def test_a_folder_is_not_mixed_up(tmp_path):
     other = make_trainer(tmp_path, **{**RUN, "temperature": 0.5, "allocation": "uniform"})
     with pytest.raises(ValueError, match=r"allocation was gvm, is uniform; temperature was 1\.0"):
         other.train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="sampled otherwise: prompts was"):
+    other = make_trainer(tmp_path, **{**RUN, "epochs_per_iteration": 1})
+    with pytest.raises(ValueError, match="epochs_per_iteration was 2, is 1"):
+        other.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="was another one: prompts was"):
         make_trainer(tmp_path, data=[{"prompt": "b", "answer": "1"}] * 6, **RUN).train(
             resume_from_checkpoint=True
         )
@@ -202,3 +205,18 @@ def test_a_killed_process(tmp_path, whole):
     assert done.returncode == 0, done.stderr
     expected, found = (torch.load(tmp_path / name / "end.pt") for name in ("whole", "parts"))
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_more_iterations_of_a_finished_run(tmp_path, whole):
+    expected, _ = whole
+    options = {**RUN, "lr_scheduler_type": "constant"}
+    make_trainer(tmp_path / "whole", **options).train()
+    make_trainer(tmp_path / "parts", **{**options, "iterations": 2}).train()
+    trainer = make_trainer(tmp_path / "parts", **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert logged(trainer, "rollouts") == logged(expected, "rollouts")
+    again = make_trainer(tmp_path / "whole", **options)
+    again.train(resume_from_checkpoint=True)  # nothing is left to do
+    assert all(
+        torch.equal(value, parameters(trainer)[name]) for name, value in parameters(again).items()
+    )

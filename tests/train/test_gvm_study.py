@@ -14,6 +14,15 @@ from vcore_train.experiments.study import StudyOptions, run_study
 from vcore_train.gvm.store import IterationStore, Rollout
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the study's workers: the models are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     weights = tmp_path_factory.mktemp("start") / "start.pt"
@@ -173,13 +182,8 @@ def test_the_command(tmp_path, monkeypatch):
     kept = ("RAFT++", "GVM-RAFT++")
     monkeypatch.setattr(gvm, "ARMS", tuple(arm for arm in ARMS if arm.name in kept))
     monkeypatch.setattr(gvm, "QUICK", replace(QUICK, iterations=1))
-    before = torch.get_num_threads()
-    console = Console(file=io.StringIO(), width=200)
-    try:
-        options = StudyOptions(tmp_path, quick=True, threads=1)
-        result = run_study("gvm", options, console)["result"]
-    finally:
-        torch.set_num_threads(before)
+    options = StudyOptions(tmp_path, quick=True, threads=1)
+    result = run_study("gvm", options, Console(file=io.StringIO()))["result"]
     assert [run["arm"] for run in result["runs"]] == list(kept)
     assert result["starts"][0]["seed"] == 0
     (variance,) = result["variance"]

@@ -1,8 +1,8 @@
 """The options of :class:`vcore_train.GvmTrainer`."""
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from vcore_kernels import ALLOCATION_RULES, NothingToAllocateError, allocate
 from vcore_kernels.aggregation import AGGREGATIONS
 from vcore_kernels.grpo_advantages import SCALES
 from vcore_kernels.prompt_weights import PROMPT_WEIGHTINGS
+from vcore_train.config_checks import check_count, check_number, option_error
 from vcore_train.gvm.engines import Sampling
 
 OBJECTIVES = ("raft", "raft++", "grpo")
@@ -20,12 +21,16 @@ FORMATS = ("jsonl", "parquet")
 # Rules that decide by an acceptance rate, and so need a first stage that measures it.
 TWO_STAGE_RULES = ("gvm", "neyman", "knapsack")
 DEFAULT_STAGE1 = 4
-# What the sampled responses of an iteration depend on besides the policy.
-SAMPLING_OPTIONS = (
+# What the responses on disk, and the iteration that an optimizer step is in, depend on.
+RUN_OPTIONS = (
     *("seed", "prompts_per_iteration", "samples_per_prompt", "stage1_samples", "reuse_stage1"),
     *("allocation", "allocation_options", "max_new_tokens", "temperature", "top_p", "top_k"),
     *("generation_batch_size", "grad_norm_params", "grad_norm_average"),
+    *("steps_per_iteration", "epochs_per_iteration"),
 )
+_OPTIONAL = ("prompts_per_iteration", "stage1_samples", "verifier_workers")
+_error = partial(option_error, "GvmConfig")
+_check_number = partial(check_number, "GvmConfig")
 
 
 @dataclass
@@ -246,27 +251,15 @@ class GvmConfig(TrainingArguments):
             *(("steps_per_iteration", 1), ("epochs_per_iteration", 1)),
         ):
             value = getattr(self, name)
-            if value is None and name in (
-                *("prompts_per_iteration", "stage1_samples", "verifier_workers"),
-            ):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise _error(name, value, f"a whole number of at least {least}")
-        for name, low, high in (
-            *(("temperature", 0.0, math.inf), ("top_p", 0.0, 1.0), ("beta", 0.0, math.inf)),
-            *(("clip_low", 0.0, math.inf), ("clip_high", 0.0, math.inf)),
-            ("verifier_seconds", 0.0, math.inf),
-        ):
-            value = getattr(self, name)
-            positive = name in ("temperature", "top_p", "verifier_seconds")
-            good = isinstance(value, int | float) and not isinstance(value, bool)
-            if not good or not (low < value if positive else low <= value) or value > high:
-                bound = "more than 0" if positive else "0 or more"
-                raise _error(name, value, bound + (f", at most {high:g}" if high < 2 else ""))
-            if math.isinf(value):
-                raise _error(name, value, "a finite number")
-        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
-            raise _error("dual_clip", self.dual_clip, "more than 1, or None")
+            if value is not None or name not in _OPTIONAL:
+                check_count("GvmConfig", name, value, least)
+        for name in ("temperature", "verifier_seconds"):
+            _check_number(name, getattr(self, name), low=0, low_open=True)
+        _check_number("top_p", self.top_p, low=0, low_open=True, high=1)
+        for name in ("clip_low", "clip_high", "beta"):
+            _check_number(name, getattr(self, name), low=0)
+        if self.dual_clip is not None:
+            _check_number("dual_clip", self.dual_clip, low=1, low_open=True)
 
     def _check_combinations(self) -> None:
         if self.gradient_accumulation_steps != 1:
@@ -332,7 +325,3 @@ class GvmConfig(TrainingArguments):
                 allocate(self.allocation, 1, accept_rate=half, grad_norm=one, **options)
             except TypeError as error:
                 raise ValueError(f"GvmConfig: allocation_options {options}: {error}") from error
-
-
-def _error(name: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"GvmConfig: {name} must be {expected}, got {value!r}.")

@@ -27,7 +27,7 @@ from vcore_train.collators import PaddingCollator, model_inputs
 from vcore_train.data import prompt_tokens
 from vcore_train.forward_redirection import call_inside_forward
 from vcore_train.gradient_norms import sequence_grad_norms
-from vcore_train.gvm.config import SAMPLING_OPTIONS, GvmConfig
+from vcore_train.gvm.config import RUN_OPTIONS, GvmConfig
 from vcore_train.gvm.engines import RolloutEngine, Sampling, TransformersEngine
 from vcore_train.gvm.m_step import MStep, TrainedRow, plan_m_step
 from vcore_train.gvm.sampling import Collector, EStep, Plan, Progress, Task, e_step, tally
@@ -237,8 +237,8 @@ class GvmTrainer(BaseTrainer):
         return Path(cast(str, self.args.output_dir))
 
     def _check_run(self, folder: Path) -> None:
-        """Raises where responses on disk were sampled under other options or from other prompts."""
-        options = {name: getattr(self.args, name) for name in SAMPLING_OPTIONS}
+        """Raises where the run on disk had other options or other prompts."""
+        options = {name: getattr(self.args, name) for name in RUN_OPTIONS}
         content = json.dumps([[task.tokens, task.answer] for task in self.tasks])
         options["prompts"] = hashlib.sha256(content.encode()).hexdigest()[:32]
         options = json.loads(json.dumps(options))
@@ -249,7 +249,7 @@ class GvmTrainer(BaseTrainer):
             if changed:
                 told = "; ".join(f"{n} was {before.get(n)}, is {options[n]}" for n in changed)
                 raise ValueError(
-                    f"GvmTrainer: the run in {self._folder} was sampled otherwise: {told}. Resume "
+                    f"GvmTrainer: the run in {self._folder} was another one: {told}. Resume "
                     "with the same options, or choose another output_dir."
                 )
             return
