@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vcore_kernels._apportion import (
+    LARGEST_BUDGET,
     NothingToAllocateError,
     apportion,
     check_budget,
@@ -110,17 +111,18 @@ def reinforce_ada(
 
     Source: Reinforce-Ada (arXiv 2510.04996), the sequential, balanced variant.
     """
-    for name, value in (("round_size", round_size), ("enough", enough)):
+    options = {"round_size": round_size, "enough": enough}
+    if max_samples is not None:
+        options["max_samples"] = max_samples
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"reinforce_ada: {name} must be a whole number, got {value!r}.")
         if value < 1:
             raise ValueError(f"reinforce_ada: {name} must be 1 or more, got {value}.")
     rejected = known.sampled - known.accepted
     active = (known.accepted < enough) | (rejected < enough)
-    total = known.sampled + round_size * active
-    if max_samples is None:
-        return total
-    if max_samples < 1:
-        raise ValueError(f"reinforce_ada: max_samples must be 1 or more, got {max_samples}.")
-    return total.clamp(max=max_samples)
+    total = known.sampled + min(round_size, budget) * active
+    return total if max_samples is None else total.clamp(max=min(max_samples, LARGEST_BUDGET))
 
 
 def gvm(known: Evidence, budget: int, **options) -> Tensor:
@@ -130,6 +132,7 @@ def gvm(known: Evidence, budget: int, **options) -> Tensor:
     return gvm_allocate(known.grad_norm, _rates("gvm", known), budget, **options)
 
 
+RULES_BY_RATE = ("gvm", "neyman", "knapsack")  # those that need accept_rate
 # A rule says how many samples, those so far included, each prompt should have after the next round.
 ALLOCATION_RULES: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform,

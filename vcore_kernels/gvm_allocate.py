@@ -90,6 +90,9 @@ def gvm_weights(
     """``a = G / sqrt(p + alpha / p^(beta - 1))`` over the largest G: float64 [m] on the host."""
     g = check_prompts(op, "grad_norm", grad_norm)
     p = check_rates(op, "accept_rate", accept_rate, g.shape[0])
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{op}: {name} must be a number, got {value!r}.")
     if not 0 <= alpha < math.inf:
         raise ValueError(f"{op}: alpha must be finite and not negative, got {alpha}.")
     if not math.isfinite(beta):

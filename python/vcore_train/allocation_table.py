@@ -18,13 +18,13 @@ from rich.text import Text
 from torch import Tensor
 
 from vcore_kernels import allocate, gvm_allocate, gvm_variance_bound
+from vcore_kernels.allocation import RULES_BY_RATE
 from vcore_kernels.gvm_allocate import gvm_weights
 from vcore_train.data import read_rows, recognise, value_of
 
 RATE_FIELDS = ("accept_rate", "p")
 NORM_FIELDS = ("grad_norm", "G", "g")
 ACCEPTED, SAMPLED, COUNT = "accepted", "sampled", "count"
-RULES_BY_RATE = ("gvm", "neyman", "knapsack")
 SEQUENTIAL = "reinforce_ada"
 ROWS_SHOWN = 20
 LABEL_WIDTH = 40

@@ -103,7 +103,7 @@ def sequence_grad_norms(
         with torch.inference_mode(False):
             inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     labels = supervised_labels(inputs)
-    chosen = _choose(model, params)
+    chosen = norm_parameters(model, params)
     verify_head(model)
     parts = [part for part in head_parts(model) if part.parameter in chosen]
     # The gradient of a head that is nothing else takes no backward pass, and so no graph.
@@ -212,8 +212,11 @@ class _Squares:
         return squares
 
 
-def _choose(model: nn.Module, params: str | Sequence[str]) -> dict[nn.Parameter, str]:
-    """The parameters that ``params`` means, with their names, tied ones once."""
+def norm_parameters(model: nn.Module, params: str | Sequence[str]) -> dict[nn.Parameter, str]:
+    """The parameters that ``params`` means, with their names, tied ones once.
+
+    Args, errors: as for :func:`sequence_grad_norms`.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     names_of: dict[nn.Parameter, str] = {}
     for name, parameter in named.items():

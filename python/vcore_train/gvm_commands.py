@@ -1,5 +1,6 @@
 """``vcore gvm`` and ``vcore gvm allocate``."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -224,19 +225,12 @@ def train(
     quiet_other_libraries()
     import torch
 
+    from vcore_train.gvm.config import GvmConfig
     from vcore_train.gvm.run import GvmOptions, PromptOptions, run
     from vcore_train.training import LoraOptions
 
-    own = (
-        *("iterations", "prompts_per_iteration", "samples_per_prompt", "allocation"),
-        *("stage1_samples", "reuse_stage1", "grad_norm_params", "grad_norm_average"),
-        *("max_new_tokens", "temperature", "top_p", "top_k", "generation_batch_size"),
-        *("eval_samples", "verifier_seconds", "verifier_workers", "objective"),
-        *("steps_per_iteration", "epochs_per_iteration", "prompt_weighting", "aggregation"),
-        *("clip_low", "clip_high", "dual_clip", "advantage_scale", "beta", "mask_truncated"),
-        *("rollout_format", "weight_decay", "max_grad_norm", "optim", "bf16", "seed"),
-    )
-    arguments: dict[str, Any] = {name: given[name] for name in own}
+    names = {field.name for field in dataclasses.fields(GvmConfig)}
+    arguments: dict[str, Any] = {name: v for name, v in given.items() if name in names}
     arguments |= {
         "allocation_options": _json(allocation_options, "--allocation-options"),
         "per_device_train_batch_size": batch_size,

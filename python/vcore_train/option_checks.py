@@ -163,7 +163,7 @@ def in_options(message: str) -> str:
             return match[0]
         return flag(name) + (" " if follows == "=" else follows)
 
-    return re.sub(r"(?<![-\w])(?P<name>[a-z_]+)\b(?P<follows>=| must)?", named, text)
+    return re.sub(r"(?<![-\w])(?P<name>[a-z_][a-z_0-9]*)\b(?P<follows>=| must)?", named, text)
 
 
 def _given(options: Mapping[str, Any], names: tuple[str, ...]) -> list[str]:

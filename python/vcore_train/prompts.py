@@ -8,10 +8,12 @@ assistant's, holds the answer.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vcore_train.answers import final_answer
 from vcore_train.data import (
@@ -152,6 +154,8 @@ class _Fields:
                     f"{turn['role']!r}, expected the assistant's, with the answer."
                 )
             value = turn["content"]
+        if isinstance(value, np.generic):
+            value = value.item()
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
         if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -189,9 +193,13 @@ def _with_suffix(prompt: str | Conversation, suffix: str, where: str) -> str | C
     return [*prompt[:last], turn, *prompt[last + 1 :]]
 
 
-def as_prompts(dataset: Any, what: str) -> list[Prompt]:
+def as_prompts(dataset: Iterable[Any], what: str) -> list[Prompt]:
     """The rows of a data set in memory: :class:`Prompt` objects, or mappings with ``prompt`` (text
-    or turns) and ``answer``. ``what`` names it in errors, which are ValueError and TypeError."""
+    or turns) and ``answer``, read as :func:`read_prompts` reads them.
+
+    ``what`` names the data set in errors, which are ValueError and TypeError.
+    """
+    fields = _Fields("prompt", "answer", detected=False, only_marked=False)
     prompts = []
     for number, row in enumerate(dataset):
         where = f"{what} data, row {number}"
@@ -203,16 +211,15 @@ def as_prompts(dataset: Any, what: str) -> list[Prompt]:
                 f"{where}: a {type(row).__name__}, expected a Prompt or a mapping with 'prompt' "
                 "and 'answer'."
             )
-        for name in ("prompt", "answer"):
-            if row.get(name) in (None, "", []):
-                raise ValueError(
-                    f"{where}: no {name!r}; the row has {listed(row)}. Rows of another layout can "
-                    "be read with vcore_train.prompts.read_prompts."
-                )
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = check_turns(prompt, "prompt", where)
-        prompts.append(Prompt(prompt, str(row["answer"]), where))
+        if row.get("prompt") is None or (isinstance(row["prompt"], str) and not row["prompt"]):
+            raise ValueError(
+                f"{where}: no 'prompt'; the row has {listed(row)}. Rows of another layout can be "
+                "read with vcore_train.prompts.read_prompts."
+            )
+        prompt, answer = fields.take_prompt(row, where), fields.take_answer(row, where)
+        if not answer:
+            raise ValueError(f"{where}: no reference answer: {fields.lack(row)}. Remove the row.")
+        prompts.append(Prompt(prompt, answer, where))
     if not prompts:
         raise ValueError(f"{what} data: no prompts.")
     return prompts

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST_PROBLEM = 200  # characters
+LARGEST_REWARD = 3e38  # of float32, in which losses are computed
 
 Reply = tuple[float, str | None]
 
@@ -62,7 +63,7 @@ def check(verifier: Callable[[str, str], Any], response: str, answer: str) -> Re
     try:
         returned = verifier(response, answer)
         reward = _number(returned)
-        if math.isfinite(reward):
+        if abs(reward) <= LARGEST_REWARD:  # false for NaN
             return reward, None
         return 0.0, _one_line(f"returned {returned!r}")
     except BaseException as error:

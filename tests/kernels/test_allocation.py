@@ -161,6 +161,25 @@ def test_bad_arguments(rule, known, error, message):
         allocate(rule, 8, **known)
 
 
+def test_a_huge_round_keeps_to_the_budget():
+    for option in ("round_size", "max_samples"):
+        counts = allocate("reinforce_ada", 10, prompts=3, **{option: 2**62})
+        assert int(counts.sum()) == 10
+
+
+@pytest.mark.parametrize("option", ["round_size", "enough", "max_samples"])
+@pytest.mark.parametrize("value", [1.5, "2", True])
+def test_reinforce_ada_takes_whole_numbers(option, value):
+    with pytest.raises(TypeError, match=f"reinforce_ada: {option} must be a whole number"):
+        allocate("reinforce_ada", 8, prompts=2, **{option: value})
+
+
+@pytest.mark.parametrize("option", ["alpha", "beta"])
+def test_gvm_takes_numbers(option):
+    with pytest.raises(TypeError, match=f"gvm_allocate: {option} must be a number, got 'x'"):
+        allocate("gvm", 8, accept_rate=RATES, grad_norm=NORMS, **{option: "x"})
+
+
 @pytest.mark.parametrize("option", ["round_size", "enough", "max_samples"])
 def test_reinforce_ada_checks_its_options(option):
     with pytest.raises(ValueError, match=f"reinforce_ada: {option} must be 1 or more, got 0"):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -13,10 +14,17 @@ from test_cli import GSM8K, vcore
 from transformers import AutoModelForCausalLM, TrainingArguments
 from vcore_train import GvmConfig, gvm_commands
 from vcore_train.arithmetic import generate_problems
+from vcore_train.gvm import config, run
+from vcore_train.gvm.engines import TransformersEngine
 from vcore_train.gvm.run import IterationLines
 from vcore_train.models import Size, new_model
 from vcore_train.run_log import read_metrics
 from vcore_train.tokenizer import train_tokenizer
+
+from vcore_kernels import ALLOCATION_RULES
+from vcore_kernels.aggregation import AGGREGATIONS
+from vcore_kernels.grpo_advantages import SCALES
+from vcore_kernels.prompt_weights import PROMPT_WEIGHTINGS
 
 # One character of the vocabulary at random is a digit often enough for some rewards.
 VERIFIER = "gvm_cli_verifier:any_digit"
@@ -143,7 +151,7 @@ def test_interrupt_and_resume_equal_an_uninterrupted_run(
     assert vcore(*command) == 1
     assert "holds an earlier run" in capsys.readouterr().err
     assert vcore(*command, "--resume") == 0
-    a, b = (AutoModelForCausalLM.from_pretrained(run).state_dict() for run in (trained, out))
+    a, b = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (trained, out))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
     assert steps == [1, 2, 3, 4]
@@ -165,14 +173,16 @@ def test_a_finished_run_resumes_to_nothing(trained, problems, model, tmp_path, c
     [
         (["--iterations", "0"], "--iterations must be at least 1"),
         (["--temperature", "0"], "--temperature must be above 0"),
-        (["--stage1-samples", "6"], "Raise --samples-per-prompt"),
+        (["--stage1-samples", "6"], "Raise --samples-per-prompt, lower --stage1-samples"),
         (["--lora-rank", "4"], "--lora-rank means nothing without --lora"),
         (["--dual-clip", "3"], "--dual-clip means nothing without --objective grpo"),
         (["--eval-limit", "3"], "--eval-limit means nothing without --eval-data"),
         (["--allocation-options", "{"], "--allocation-options {: not valid JSON"),
         (["--allocation-options", "[1]"], "expected a JSON object"),
         (["--allocation-options", '{"enough": 2}'], "no option 'enough'"),
-        (["--verifier", "best"], "no verifier is named 'best'"),
+        (["--verifier", "best"], "--verifier best: no such verifier. Expected exact, math-verify"),
+        (["--verifier", ":"], "--verifier :: no such verifier"),
+        (["--grad-norm-params", "head"], "head"),
         (["--verifier", "nowhere:f"], "--verifier nowhere:f: No module named"),
         (["--engine", "vllm"], "vllm is not installed"),
         (["--answer-field", "nothing"], "'nothing'"),
@@ -188,6 +198,44 @@ def test_bad_options_are_one_line(problems, model, tmp_path, capsys, options, me
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "rollouts").exists()
+
+
+def test_the_choices_are_those_of_the_library():
+    for choices, names in (
+        (gvm_commands.Rule, ALLOCATION_RULES),
+        (gvm_commands.Aggregation, AGGREGATIONS),
+        (gvm_commands.Weighting, PROMPT_WEIGHTINGS),
+        (gvm_commands.Scale, SCALES),
+        (gvm_commands.Objective, config.OBJECTIVES),
+        (gvm_commands.Norm, config.NORMS),
+        (gvm_commands.Format, config.FORMATS),
+        (gvm_commands.Engine, run.ENGINES),
+    ):
+        assert set(get_args(choices)) == set(names)
+
+
+def test_interrupt_while_sampling(problems, model, trained, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    command = ["gvm", problems, "--model", model, "--out", out, *QUICK, "--verifier", VERIFIER]
+    command += ["--eval-data", problems, "--eval-limit", 3]
+    sample, calls = TransformersEngine.sample, []
+
+    def press(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:  # the first is of the evaluation
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "sample", press)
+        assert vcore(*command) == 130
+    assert len(calls) == 3
+    assert "responses sampled so far" in capsys.readouterr().out
+    responses = out / "rollouts" / "iteration-0000" / "responses.jsonl"
+    assert responses.read_text().count('"chunk"') == 2
+    assert vcore(*command, "--resume") == 0
+    a, b = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (trained, out))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 def test_the_model_is_required(problems, capsys):

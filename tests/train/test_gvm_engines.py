@@ -76,6 +76,32 @@ def test_the_models_own_generation_defaults_do_not_apply(engine):
     assert greedy == [rows[:1] for rows in only]
 
 
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"num_return_sequences": 2},
+        {"suppress_tokens": [7, 8, 9]},
+        {"begin_suppress_tokens": list(range(3, 90))},
+        {"bad_words_ids": [[9]]},
+        {"stop_strings": ["a"]},
+        {"return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"max_time": 1e-9},
+        {"guidance_scale": 3.0},
+        {"min_new_tokens": 4},
+        {"do_sample": False, "num_beams": 3},
+    ],
+    ids=lambda defaults: next(iter(defaults)),
+)
+def test_no_default_of_the_model_reaches_the_samples(engine, defaults):
+    plain = engine.sample(PROMPTS, [2, 2, 2], FEW, seed=2)
+    generation = engine.model.generation_config
+    for name, value in defaults.items():
+        setattr(generation, name, value)
+    assert engine.sample(PROMPTS, [2, 2, 2], FEW, seed=2) == plain
+    assert engine.model.generation_config is generation
+
+
 def test_several_tokens_may_end_a_response(engine):
     plain = engine.sample(PROMPTS, [1, 1, 1], Sampling(4, temperature=0.0), seed=0)
     second = plain[0][0].tokens[1]

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from rollouts import RandomEngine, logged, make_trainer, parameters, policy
+from tiny import with_lora
 from transformers import TrainerCallback
+from vcore_train.gvm.trainer import alone_in
 
 RUN = {
     "iterations": 3,
@@ -116,6 +118,69 @@ def test_responses_of_other_weights_are_not_used(tmp_path, caplog):
     assert (tmp_path / "rollouts" / "iteration-0002.replaced").is_dir()
 
 
+def test_in_the_middle_of_an_m_step_responses_must_be_its_own(tmp_path):
+    """An old checkpoint, after the run was repeated otherwise from an earlier one."""
+    options = {**RUN, "save_steps": 2}
+    make_trainer(tmp_path, **{**options, "iterations": 2}).train()
+    other = {**options, "iterations": 2, "max_grad_norm": 0.01}
+    again = make_trainer(tmp_path, callbacks=[KillAt(5)], **other)
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="responses of other weights"):
+        make_trainer(tmp_path, **options).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-6")
+        )
+
+
+def test_another_base_model_or_verifier_is_noticed(tmp_path):
+    def adapted(seed):
+        return with_lora(policy(seed=seed))
+
+    options = {**RUN, "iterations": 1}
+    interrupted(tmp_path, RandomEngine(), model=adapted(0), callbacks=[KillAt(1)], **options)
+    with pytest.raises(ValueError, match="verifier was exact, is math-verify"):
+        make_trainer(tmp_path, model=adapted(0), verifier="math-verify", **options).train(
+            resume_from_checkpoint=True
+        )
+    engine = RandomEngine()
+    trainer = make_trainer(tmp_path, model=adapted(5), engine=engine, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert engine.sampled == 36
+    assert (tmp_path / "rollouts" / "iteration-0000.replaced").is_dir()
+
+
+def test_another_reference_is_noticed(tmp_path):
+    options = {**RUN, "objective": "grpo", "beta": 0.1}
+    interrupted(tmp_path, RandomEngine(), callbacks=[KillAt(5)], **options)
+    with pytest.raises(ValueError, match="reference was"):
+        make_trainer(tmp_path, model=policy(seed=4), **options).train(resume_from_checkpoint=True)
+
+
+def test_steps_are_counted_by_the_state(tmp_path, whole):
+    expected, _ = whole
+    interrupted(tmp_path, RandomEngine(), callbacks=[KillAt(6)])
+    trainer = make_trainer(tmp_path, **{**RUN, "ignore_data_skip": True})
+    trainer.train(resume_from_checkpoint=True)
+    for name, value in parameters(expected).items():
+        assert torch.equal(value, parameters(trainer)[name])
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    trainer = make_trainer(tmp_path, **RUN)
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another process is training in"):
+        trainer.train()
+    trainer.train()
+
+
+def test_a_failure_before_sampling_leaves_no_run(tmp_path):
+    trainer = make_trainer(tmp_path, **RUN)
+    tasks, trainer.tasks = trainer.tasks, []
+    with pytest.raises(ValueError, match="needs a train_dataset"):
+        trainer.train()
+    trainer.tasks = tasks
+    trainer.train()
+
+
 def test_a_folder_is_not_mixed_up(tmp_path):
     make_trainer(tmp_path, **RUN).train()
     with pytest.raises(ValueError, match="holds responses of an earlier run"):
@@ -139,7 +204,7 @@ def test_a_checkpoint_in_the_middle_needs_its_responses(tmp_path):
     folder = tmp_path / "rollouts" / "iteration-0001"
     (folder / "logp.safetensors").unlink()
     trainer = make_trainer(tmp_path, **{**RUN, "save_steps": 2})
-    with pytest.raises(ValueError, match="no log-probabilities of the policy that sampled"):
+    with pytest.raises(ValueError, match="without the log-probabilities of the responses"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     shutil.rmtree(folder)
     trainer = make_trainer(tmp_path, **{**RUN, "save_steps": 2})

@@ -3,11 +3,21 @@
 import math
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from rollouts import TOKENIZER, Judge, RandomEngine
 from vcore_train.gvm.engines import Response, Sampling
-from vcore_train.gvm.sampling import Collector, Plan, Task, e_step, prompt_norms, split, tally
+from vcore_train.gvm.sampling import (
+    Collector,
+    Plan,
+    Task,
+    e_step,
+    prompt_norms,
+    prompts_of,
+    split,
+    tally,
+)
 from vcore_train.gvm.store import IterationStore, Rollout
 
 from vcore_kernels import allocate
@@ -29,6 +39,7 @@ def collector(folder, engine=None, judge=None, *, batch_size=5, seed=(0, 0), tas
         Sampling(max_new_tokens=6),
         IterationStore(folder, "policy"),
         tasks,
+        vocabulary=len(TOKENIZER),
         batch_size=batch_size,
         seed=seed,
         progress=silent,
@@ -132,10 +143,21 @@ def test_where_the_rule_has_no_use_for_samples_they_are_shared(tmp_path, rule, a
 def test_an_engine_that_returns_fewer_is_asked_again(tmp_path):
     engine = RandomEngine(short=1)
     found = e_step(collector(tmp_path, engine), plan("uniform", stage1=0), norms_of)
-    # 24 in 5 chunks lose one each, the 5 lacking are one chunk that loses one, and so on.
+    # 24 in 5 chunks lose one each, the 5 lacking are one chunk that loses one; one never comes.
     assert found.missing == 1
     assert len(found.kept) == 23
     assert engine.sampled == 23
+
+
+def test_short_rounds_do_not_end_a_rule_that_has_many(tmp_path):
+    engine = RandomEngine(short=1)
+    found = e_step(
+        collector(tmp_path, engine, Judge(lambda text, answer: 0.0), batch_size=40),
+        plan("reinforce_ada", 30, 0, round_size=2),
+        norms_of,
+    )
+    assert len(found.kept) == 4 * 30 - found.missing
+    assert found.missing <= 2
 
 
 def test_an_engine_that_returns_nothing_is_an_error(tmp_path):
@@ -143,6 +165,18 @@ def test_an_engine_that_returns_nothing_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match=r"RandomEngine\.sample returned no response"):
         e_step(collector(tmp_path, engine), plan(), norms_of)
     assert engine.calls > 4  # it was asked again
+
+
+@pytest.mark.parametrize(
+    ("total", "taken"), [(10, 6), (10, 3), (7, 7), (11, 4), (5, 1), (9, 8), (8, 2)]
+)
+def test_each_prompt_comes_once_before_any_comes_again(total, taken):
+    iterations = [prompts_of(k, total, taken, seed=3) for k in range(40)]
+    assert all(len(set(places)) == taken for places in iterations)
+    flat = [i for places in iterations for i in places]
+    for begin in range(0, len(flat) - total + 1, total):
+        assert sorted(flat[begin : begin + total]) == list(range(total))
+    assert iterations != [prompts_of(k, total, taken, seed=4) for k in range(40)]
 
 
 class Bad:
@@ -156,13 +190,28 @@ class Bad:
 @pytest.mark.parametrize(
     ("responses", "message"),
     [
-        ([], "0 lists for 1 prompts"),
-        ([[Response([5], True)] * 9], "9 responses for prompt 0, asked for 5"),
+        ([], "returned 0 for 1 prompts"),
+        (None, "returned NoneType for 1 prompts"),
+        ([None], "returned NoneType for prompt 0, asked for 5"),
+        ([[Response([5], True)] * 9], "returned 9 for prompt 0, asked for 5"),
+        ([["text"]], "returned 'text' for prompt 0, expected a pair of token ids"),
+        ([[([5.5], True)]], "expected a pair of token ids"),
+        ([[([5, 10**6], True)]], "token 1000000 for prompt 0 is not in the vocabulary"),
+        ([[([-1], True)]], "token -1"),
+        ([[([5] * 7, False)]], "7 tokens for prompt 0, max_new_tokens is 6"),
     ],
 )
 def test_an_engine_that_returns_something_else_is_an_error(tmp_path, responses, message):
     with pytest.raises(RuntimeError, match=message):
         collector(tmp_path, Bad(responses), tasks=TASKS[:1]).round([5], 1)
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones(tmp_path):
+    engine = Bad([[(np.array([5, 6]), np.bool_(True))]])
+    came = collector(tmp_path, engine, tasks=TASKS[:1]).round([1], 1)
+    assert came[0].tokens == [5, 6]
+    assert came[0].finished is True
+    assert collector(tmp_path, Bad(None), tasks=TASKS[:1]).round([1], 1) == came
 
 
 def test_empty_responses_count_as_missing(tmp_path):

@@ -51,8 +51,30 @@ def test_a_cut_off_end_is_lost_and_nothing_else(store):
 
 
 def test_garbage_at_the_end_is_cut_off(store):
-    with (store.folder / "responses.jsonl").open("ab") as file:
-        file.write(b'{"prompt": 3, "stage": 1}\n\x00\x00\x00{"round": 5, "chunk": 0}\n')
+    content = (store.folder / "responses.jsonl").read_bytes()
+    for garbage in (b'{"prompt": 3, "stage": 1}\n\x00\x00\x00', b"\x00\n\n", b"[1]\nnull\n"):
+        with (store.folder / "responses.jsonl").open("ab") as file:
+            file.write(garbage)
+        assert again(store).rounds == store.rounds
+        assert (store.folder / "responses.jsonl").read_bytes() == content
+
+
+def test_damage_before_a_whole_chunk_is_an_error(store):
+    """No kill leaves it, so that nothing may be thrown away."""
+    path = store.folder / "responses.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in ((0, b"\x00\x00\n"), (2, b""), (3, b'{"chunk": 0}\n')):
+        damaged = b"".join([*lines[:number], line, *lines[number + 1 :]])
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"responses\.jsonl: .*line \d.* Repair the file"):
+            again(store)
+        assert path.read_bytes() == damaged
+
+
+def test_fields_of_a_later_version_are_left_out(store):
+    path = store.folder / "responses.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps({**row, 'more': 1})}\n" for row in rows))
     assert again(store).rounds == store.rounds
 
 
@@ -67,8 +89,41 @@ def test_responses_of_other_weights_are_set_aside(store):
     assert json.loads((kept / "policy.json").read_text())["policy"] == "b"
 
 
-def test_in_the_middle_of_an_m_step_the_policy_is_not_asked_for(store):
-    assert again(store, None).rounds == store.rounds
+def test_in_the_middle_of_an_m_step_nothing_is_changed(store):
+    path = store.folder / "responses.jsonl"
+    with path.open("ab") as file:
+        file.write(b"{")
+    content = path.read_bytes()
+    for policy in (None, "a"):
+        found = IterationStore(store.folder, policy, reading=True)
+        assert found.rounds == store.rounds
+        assert path.read_bytes() == content
+    with pytest.raises(ValueError, match="responses of other weights"):
+        IterationStore(store.folder, "b", reading=True)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"policy": 3}', None])
+def test_responses_without_a_policy_are_nobodys(store, content):
+    path = store.folder / "policy.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    if content in ("", "{"):
+        with pytest.raises(ValueError, match=r"policy\.json: not readable"):
+            again(store)
+        return
+    assert again(store).replaced
+
+
+def test_side_files_that_cannot_be_read_are_named(store):
+    for name, read in (("grad_norms.json", "grad_norms"), ("logp.safetensors", "logp")):
+        (store.folder / name).write_text("{")
+        with pytest.raises(ValueError, match=rf"{name}: not readable .* Remove it"):
+            getattr(again(store), read)()
+    (store.folder / "responses.parquet").write_text("PAR1")
+    with pytest.raises(ValueError, match=r"responses\.parquet: not readable"):
+        again(store)
 
 
 def test_parquet_holds_the_same(store):
@@ -119,5 +174,20 @@ def test_fingerprints_tell_weights_apart():
     frozen = fingerprint(model)
     with torch.no_grad():
         model.weight[0, 0] += 1
-    assert fingerprint(model) == frozen
+    assert fingerprint(model) != frozen
     assert fingerprint(model.bfloat16()) != frozen
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [([1, 1], [2, 2]), ([1, 2], [2, 1]), ([0, 0], [3, 3]), ([1], [1, 1])]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprints_see_order_and_number(one, other, dtype):
+    prints = []
+    for values in (one, other):
+        module = torch.nn.Module()
+        module.bias = torch.nn.Parameter(torch.tensor(values, dtype=dtype))
+        module.weight = torch.nn.Parameter(torch.tensor([values], dtype=dtype))
+        module.scalar = torch.nn.Parameter(torch.tensor(1.0, dtype=dtype))
+        prints.append(fingerprint(module))
+    assert prints[0] != prints[1]

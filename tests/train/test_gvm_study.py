@@ -92,9 +92,10 @@ def test_further_samples_are_counted_by_what_came_first(tmp_path):
 def test_speed_is_read_between_evaluations():
     base = {"accuracy": [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], "rollouts": [0, 10, 20, 30, 40, 50]}
     assert gvm.speed(base, base, "rollouts") == 1
-    fast = {**base, "accuracy": [0.1, 0.3, 0.5, 0.6, 0.6, 0.6]}
-    # Running means: uniform reaches 0.4 at its fifth point, the other between its second and third.
-    own = 10 + 10 * (0.4 - 0.3) / (1.4 / 3 - 0.3)
+    fast = {**base, "accuracy": [0.1, 0.3, 0.6, 0.6, 0.6, 0.6]}
+    # Running means after the start: uniform reaches 0.4 at its fifth point, the other on its way
+    # to its second.
+    own = 10 * (0.4 - 0.1) / (0.45 - 0.1)
     assert gvm.speed(fast, base, "rollouts") == pytest.approx(40 / own)
     assert gvm.speed({**base, "accuracy": [0.1] * 6}, base, "rollouts") == 0
     assert math.isnan(gvm.speed(fast, {**base, "accuracy": [0.1] * 6}, "rollouts"))

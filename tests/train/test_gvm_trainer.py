@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from rollouts import (
@@ -115,6 +116,49 @@ def test_steps_of_an_epoch_share_the_responses(tmp_path):
     sizes = [sum(map(len, step)) for step in three._iteration.m_step.steps]
     assert max(sizes) - min(sizes) <= 1
     assert sum(logged(three, "loss")) / 3 == pytest.approx(logged(one, "loss")[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", [None, "seq-mean-token-sum", "dr-grpo"])
+def test_few_accepted_responses_keep_their_scale(tmp_path, aggregation):
+    """Two accepted responses in six steps, weighed by tokens: the mean of the steps is theirs."""
+    accept = iter([0.0] * 30 + [1.0, 0.0, 1.0])
+    options = {"iterations": 1, "learning_rate": 1e-12, "prompt_weighting": "token_mean"}
+    options |= {"allocation": "uniform", "aggregation": aggregation}
+    losses = []
+    for steps in (1, 6):
+        accept = iter([0.0] * 30 + [1.0, 0.0, 1.0])
+        judge = Judge(lambda text, answer, accept=accept: next(accept, 0.0))
+        trainer = make_trainer(
+            tmp_path / str(steps), judge=judge, steps_per_iteration=steps, **options
+        )
+        trainer.train()
+        assert len(trainer._iteration.m_step.rows) == 2
+        losses.append(sum(logged(trainer, "loss")) / steps)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", [None, "seq-mean-token-sum-norm", "seq-mean-token-mean"])
+@pytest.mark.parametrize("objective", ["raft++", "grpo"])
+def test_every_aggregation_is_dealt_out(tmp_path, aggregation, objective):
+    options = {"iterations": 1, "learning_rate": 1e-12, "aggregation": aggregation}
+    losses = []
+    for steps in (1, 3):
+        trainer = make_trainer(
+            tmp_path / str(steps), objective=objective, steps_per_iteration=steps, **options
+        )
+        trainer.train()
+        losses.append(sum(logged(trainer, "loss")) / steps)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
+
+
+def test_kl_from_the_policy_that_sampled(tmp_path):
+    """Its estimate has the KL as its expectation."""
+    trainer = make_trainer(tmp_path)
+    old, new = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    ratio = (new.log() - old.log()).unsqueeze(0)
+    trainer._count_ratios(ratio, torch.ones(1), torch.ones(1, 2, dtype=torch.bool))
+    kl = float((old * (old.log() - new.log())).sum())
+    assert trainer.metrics.drain()["kl_old"] == pytest.approx(kl, rel=1e-5)
 
 
 def test_epochs_go_through_the_responses_again(tmp_path):
@@ -257,12 +301,12 @@ def test_prompts_of_an_iteration(tmp_path):
     trainer = make_trainer(
         tmp_path, data=prompts(11), prompts_per_iteration=3, iterations=7, steps_per_iteration=1
     )
-    taken = [trainer._prompts_of(i) for i in range(7)]
-    assert all(len(set(places)) == 3 for places in taken)
-    assert len({i for places in taken[:3] for i in places}) == 9  # a pass takes none twice
-    assert taken[0] != taken[3]
     trainer.train()
     assert logged(trainer, "rollouts")[-1] == 7 * 3 * 6
+    folder = tmp_path / "rollouts"
+    rows = [(folder / f"iteration-000{i}" / "prompts.jsonl").read_text() for i in range(7)]
+    taken = [json.loads(line)["prompt"] for text in rows for line in text.splitlines()]
+    assert sorted(taken[:11]) == list(range(11))
 
 
 def test_the_callers_random_state_and_mode_are_left(tmp_path):
@@ -386,9 +430,13 @@ def test_fewer_samples_than_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([{"prompt": "a"}], "training data, row 0: no 'answer'"),
+        ([{"prompt": "a"}], "training data, row 0: no reference answer: field 'answer' is missing"),
         ([{"prompt": "a", "answer": "1"}, {"prompt": "", "answer": "1"}], "row 1: no 'prompt'"),
-        ([{"prompt": "a", "answer": None}], "no 'answer'"),
+        ([{"prompt": "a", "answer": None}], "no reference answer"),
+        ([{"prompt": "a", "answer": float("nan")}], "no reference answer"),
+        ([{"prompt": "a", "answer": "  "}], "no reference answer"),
+        ([{"prompt": "a", "answer": ["3", "4"]}], "turns"),
+        ([{"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}], "assistant turn"),
         ([], "no prompts"),
         ([{"prompt": "very " * 200, "answer": "1"}], "more than the model's window of 128"),
         ([{"prompt": [{"role": 1}], "answer": "1"}], "turns"),
@@ -403,6 +451,9 @@ def test_rows_of_another_kind(tmp_path):
     with pytest.raises(TypeError, match="a str, expected a Prompt or a mapping"):
         make_trainer(tmp_path, data=["what?"])
     make_trainer(tmp_path, data=[Prompt("a", "1", "somewhere")] * 3)
+    answers = [np.int64(3), 2.5, np.float64(0.5), "2 + 2 is 4\n#### 4"]
+    trainer = make_trainer(tmp_path, data=[{"prompt": "a", "answer": a} for a in answers])
+    assert [task.answer for task in trainer.tasks] == ["3", "2.5", "0.5", "4"]
 
 
 @pytest.mark.parametrize(
@@ -412,6 +463,7 @@ def test_rows_of_another_kind(tmp_path):
         ({"steps_per_iteration": 7}, "no more steps than prompts"),
         ({"processing_class": None}, "processing_class must be"),
         ({"verifier": "best"}, "no verifier is named 'best'"),
+        ({"grad_norm_params": "bogus"}, "bogus"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path, options, message):
@@ -465,7 +517,11 @@ def test_evaluation(tmp_path, samples):
     assert figures["eval_accuracy"] == 0.5
     assert judge.judged == 4 * samples
     assert trainer.evaluate(prompts(2), metric_key_prefix="test")["test_accuracy"] == 0.5
-    both = trainer.evaluate({"a": prompts(1), "b": prompts(4)})
+    trainer.eval_dataset = {"a": prompts(1), "b": prompts(4)}
+    assert trainer.evaluate("b")["eval_b_accuracy"] == 0.5
+    with pytest.raises(ValueError, match="no eval_dataset named 'c'"):
+        trainer.evaluate("c")
+    both = trainer.evaluate()
     assert (both["eval_a_accuracy"], both["eval_b_accuracy"]) == (0.0, 0.5)
 
 

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from vcore_kernels import ALLOCATION_RULES, NothingToAllocateError, allocate
 from vcore_kernels.aggregation import AGGREGATIONS
+from vcore_kernels.allocation import RULES_BY_RATE
 from vcore_kernels.grpo_advantages import SCALES
 from vcore_kernels.prompt_weights import PROMPT_WEIGHTINGS
 from vcore_train.config_checks import check_count, check_number, option_error
@@ -18,8 +19,6 @@ from vcore_train.gvm.engines import Sampling
 OBJECTIVES = ("raft", "raft++", "grpo")
 NORMS = ("mean", "rms")
 FORMATS = ("jsonl", "parquet")
-# Rules that decide by an acceptance rate, and so need a first stage that measures it.
-TWO_STAGE_RULES = ("gvm", "neyman", "knapsack")
 DEFAULT_STAGE1 = 4
 # What the responses on disk, and the iteration that an optimizer step is in, depend on.
 RUN_OPTIONS = (
@@ -40,13 +39,13 @@ class GvmConfig(TrainingArguments):
     An iteration samples, verifies and allocates with fixed weights (E-step), then takes
     ``epochs_per_iteration * steps_per_iteration`` optimizer steps on the responses (M-step). So the
     steps of a run are ``iterations`` times that, whatever the allocation: ``max_steps`` and
-    ``num_train_epochs`` follow and must not be given. Every option is checked when the object is
-    made; a bad one raises ValueError naming it, what came and what is allowed.
+    ``num_train_epochs`` follow and must not be given. Options are checked when the object is made;
+    a bad one raises ValueError naming it, what came and what is allowed.
 
     Sampling:
         iterations: E- and M-steps.
-        prompts_per_iteration: prompts of an iteration, taken from a random order of all that is
-            gone through before any comes again; None takes all of them each time.
+        prompts_per_iteration: prompts of an iteration, from one random order of all after the
+            other, so that each comes once before any comes again; None takes all each time.
         samples_per_prompt: responses sampled in an iteration divided by its prompts, *the first
             stage included*. Runs that agree in this have the same cost, whatever the rule.
         allocation: how they are distributed: ``"gvm"``, ``"uniform"``, ``"neyman"``,
@@ -59,8 +58,10 @@ class GvmConfig(TrainingArguments):
             responses then depends on responses that are trained on, so that no weighting is
             unbiased any more: a prompt that was lucky in the first stage gets fewer further samples
             and keeps its lucky ones. False, as in the paper: they only measure.
-        grad_norm_params, grad_norm_average: W of G (``sequence_grad_norms``), and whether G is the
-            ``"mean"`` over accepted responses or their ``"rms"``, which the bound asks for.
+        grad_norm_params, grad_norm_average: W of G: ``"embeddings"``, ``"lm_head"``,
+            ``"all-linear"``, or names of parameters with commas (``sequence_grad_norms``); and
+            whether G is the ``"mean"`` over accepted responses or their ``"rms"``, which the bound
+            asks for.
         max_new_tokens, temperature, top_p, top_k: of a response. The log-probabilities that are
             trained on have the same temperature; with top_p or top_k they are those of the whole
             vocabulary.
@@ -80,10 +81,12 @@ class GvmConfig(TrainingArguments):
         prompt_weighting: ``"lemma1"``, ``"algorithm1"`` or ``"token_mean"``
             (``vcore_kernels.prompt_weights``). None: lemma1 for RAFT, algorithm1 for GRPO: each
             prompt counts the same, however many samples it got. lemma1 takes p over all samples of
-            the iteration, and is unbiased as far as that is the true rate.
+            the iteration, and is unbiased as far as that is the true rate and the number of samples
+            does not depend on them: not with ``"reinforce_ada"``, nor with reuse_stage1.
         aggregation: from tokens to a loss (``vcore_kernels.raft_loss``), over prompts. None:
             ``"token-mean"`` for token_mean, otherwise ``"dr-grpo"``: the sum over tokens, divided
-            by the prompts and by ``max_new_tokens``.
+            by the prompts and by ``max_new_tokens``. ``"seq-mean-token-sum-norm"`` divides by
+            ``max_new_tokens`` alone.
         clip_low, clip_high, dual_clip: of the ratio.
         advantage_scale: ``"group"``, ``"batch"`` or ``"none"``, for GRPO.
         beta: weight of the KL from the reference model, for GRPO.
@@ -204,7 +207,13 @@ class GvmConfig(TrainingArguments):
         """Responses a prompt in the first stage."""
         if self.stage1_samples is not None:
             return self.stage1_samples
-        return DEFAULT_STAGE1 if self.allocation in TWO_STAGE_RULES else 0
+        return DEFAULT_STAGE1 if self.allocation in RULES_BY_RATE else 0
+
+    @property
+    def norm_params(self) -> str | list[str]:
+        """``grad_norm_params`` as :func:`vcore_train.sequence_grad_norms` takes it."""
+        names = [name.strip() for name in self.grad_norm_params.split(",")]
+        return names[0] if names[0] in ("embeddings", "lm_head", "all-linear") else names
 
     @property
     def sampling(self) -> Sampling:
@@ -279,11 +288,19 @@ class GvmConfig(TrainingArguments):
                 "GvmConfig: fp16=True needs a gradient in every step, and a step without an "
                 "accepted response has none. Use bf16=True, or float32."
             )
+        for name, usual in (
+            ("num_train_epochs", 3.0),
+            ("label_smoothing_factor", 0.0),
+            ("neftune_noise_alpha", None),
+            ("auto_find_batch_size", False),
+        ):
+            if getattr(self, name) != usual:
+                raise _error(name, getattr(self, name), f"{usual}: it has no meaning here")
         if self.torch_compile:
             raise _error(
                 "torch_compile", True, "False: losses are computed beside the compiled forward"
             )
-        if self.allocation in TWO_STAGE_RULES and self.stage1 < 1:
+        if self.allocation in RULES_BY_RATE and self.stage1 < 1:
             raise ValueError(
                 f"GvmConfig: allocation={self.allocation!r} decides by an acceptance rate, and "
                 "stage1_samples=0 measures none. Pass 1 or more, or allocation='uniform'."

@@ -1,12 +1,14 @@
 """Rollout engines: where responses come from. One interface, so that any sampler can serve."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from vcore_train.modeling import causal_lm, probing
 
@@ -94,19 +96,33 @@ class TransformersEngine:
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in repeated])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in repeated])
         ends = end_tokens(self.model, self.tokenizer)
-        with torch.no_grad(), probing(self.model, attention=None):
+        lm = causal_lm(self.model)
+        with torch.no_grad(), probing(self.model, attention=None), _without_defaults(lm):
             torch.manual_seed(seed)
             out = generate(
                 ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=_generation_config(sampling, ends, pad),
             )
+        assert len(out) == len(repeated)
         rows = iter(out[:, longest:].tolist())
         return [[cut_at_end(next(rows), ends) for _ in range(n)] for n in counts]
 
 
+@contextmanager
+def _without_defaults(lm: PreTrainedModel) -> Iterator[None]:
+    """``lm`` without its generation defaults: what is sampled is the distribution of its logits.
+
+    ``generate`` reads them wherever the configuration that it is given leaves a field open.
+    """
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
 def _generation_config(sampling: Sampling, ends: list[int], pad: int) -> GenerationConfig:
-    """Sampling from the model's own distribution: nothing of its generation defaults applies."""
     if sampling.temperature == 0:
         drawn: dict[str, Any] = {"do_sample": False}
     else:
@@ -115,19 +131,12 @@ def _generation_config(sampling: Sampling, ends: list[int], pad: int) -> Generat
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "typical_p": 1.0,
-            "epsilon_cutoff": 0.0,
-            "eta_cutoff": 0.0,
         }
     return GenerationConfig(
         **drawn,
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=pad,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         use_cache=True,
     )
 
@@ -148,3 +157,65 @@ def cut_at_end(tokens: Sequence[int], ends: Sequence[int]) -> Response:
         if token in ends:
             return Response(list(tokens[: place + 1]), True)
     return Response(list(tokens), False)
+
+
+def checked_responses(
+    responses: Any,
+    counts: Sequence[int],
+    *,
+    engine: RolloutEngine,
+    vocabulary: int,
+    max_new_tokens: int,
+) -> list[list[Response]]:
+    """What an engine returned, as plain :class:`Response` objects; those without a token left out.
+
+    Raises RuntimeError where it does not fit what was asked for.
+    """
+    call = f"{type(engine).__name__}.sample"
+    expected = "One list of responses, pairs of token ids and whether it finished, for each prompt"
+    if not isinstance(responses, list | tuple) or len(responses) != len(counts):
+        came = len(responses) if isinstance(responses, list | tuple) else type(responses).__name__
+        raise RuntimeError(f"{call}: returned {came} for {len(counts)} prompts. {expected}.")
+    checked = []
+    for place, (rows, asked) in enumerate(zip(responses, counts, strict=True)):
+        if not isinstance(rows, list | tuple) or len(rows) > asked:
+            came = len(rows) if isinstance(rows, list | tuple) else type(rows).__name__
+            raise RuntimeError(f"{call}: returned {came} for prompt {place}, asked for {asked}.")
+        for row in rows:
+            _check_response(row, call, place, vocabulary, max_new_tokens)
+        plain = [Response([int(t) for t in tokens], bool(finished)) for tokens, finished in rows]
+        checked.append([response for response in plain if response.tokens])
+    return checked
+
+
+def _check_response(row: Any, call: str, place: int, vocabulary: int, most: int) -> None:
+    try:
+        tokens, _ = row
+        tokens = [operator.index(token) for token in tokens]
+    except (TypeError, ValueError):
+        raise RuntimeError(
+            f"{call}: returned {row!r:.80} for prompt {place}, expected a pair of token ids and "
+            "whether it finished."
+        ) from None
+    wrong = [token for token in tokens if not 0 <= token < vocabulary]
+    if wrong:
+        raise RuntimeError(
+            f"{call}: token {wrong[0]} for prompt {place} is not in the vocabulary of {vocabulary}."
+        )
+    if len(tokens) > most:
+        raise RuntimeError(
+            f"{call}: {len(tokens)} tokens for prompt {place}, max_new_tokens is {most}."
+        )
+
+
+class NoEngine:
+    """Stands for the engine where an M-step goes on: everything must have been sampled before."""
+
+    def load(self, model: nn.Module) -> None:
+        pass
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[list[Response]]:
+        raise ValueError(
+            "GvmTrainer: the checkpoint is in the middle of an iteration whose responses are not "
+            "all on disk, and its weights have moved on. Resume from the checkpoint at its start."
+        )

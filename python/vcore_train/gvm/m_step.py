@@ -29,14 +29,14 @@ class TrainedRow:
 class MStep:
     """``steps``: for each optimizer step its micro-batches, each places in ``rows``.
 
-    The losses of the steps of one epoch add up to ``steps_per_iteration`` times the loss of all
-    responses at once, of which ``num_items`` times that many are the tokens, responses or prompts
-    that it is divided by.
+    The loss of a step is ``steps_per_iteration`` times that of its responses, divided by
+    ``num_items``: the tokens, responses or prompts of the whole iteration. So the steps of an epoch
+    have the loss of all responses at once as their mean.
     """
 
     rows: list[TrainedRow]
     steps: list[list[list[int]]]
-    num_items: float
+    num_items: int
 
 
 def plan_m_step(e_step: EStep, tasks: Sequence[Task], args: GvmConfig, *, iteration: int) -> MStep:
@@ -56,7 +56,7 @@ def plan_m_step(e_step: EStep, tasks: Sequence[Task], args: GvmConfig, *, iterat
         weight = _raft_weights(e_step, usable, group, args)
         trained = advantage > 0
     rows = [
-        _row(tasks[usable[i].prompt], usable[i], float(advantage[i]), float(weight[i]))
+        trained_row(tasks, usable[i], float(advantage[i]), float(weight[i]))
         for i in trained.nonzero().flatten().tolist()
     ]
     steps = [
@@ -69,7 +69,7 @@ def plan_m_step(e_step: EStep, tasks: Sequence[Task], args: GvmConfig, *, iterat
             (args.seed, iteration, epoch),
         )
     ]
-    return MStep(rows, steps, _items(counted, e_step.prompts, args) / args.steps_per_iteration)
+    return MStep(rows, steps, _items(counted, e_step.prompts, args))
 
 
 def _raft_weights(
@@ -95,9 +95,12 @@ def _items(counted: Sequence[Rollout], prompts: int, args: GvmConfig) -> int:
     return len(counted)
 
 
-def _row(task: Task, rollout: Rollout, advantage: float, weight: float) -> TrainedRow:
-    labels = [IGNORE_INDEX] * len(task.tokens) + rollout.tokens
-    return TrainedRow([*task.tokens, *rollout.tokens], labels, advantage, weight)
+def trained_row(
+    tasks: Sequence[Task], rollout: Rollout, advantage: float = 1.0, weight: float = 1.0
+) -> TrainedRow:
+    prompt = tasks[rollout.prompt].tokens
+    labels = [IGNORE_INDEX] * len(prompt) + rollout.tokens
+    return TrainedRow([*prompt, *rollout.tokens], labels, advantage, weight)
 
 
 def _deal(

@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from vcore_train.gvm.config import GvmConfig
 from vcore_train.gvm.engines import RolloutEngine, TransformersEngine
+from vcore_train.gvm.sampling import Progress
 from vcore_train.gvm.trainer import GvmTrainer
 from vcore_train.interrupt import StopAtInterrupt
 from vcore_train.models import load_model, load_tokenizer, text_config
@@ -151,11 +154,14 @@ def run(options: GvmOptions, console: Console) -> GvmSummary:
             callbacks=[log, IterationLines(console, arguments.iterations), interrupt],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.progress = log.task
+        trainer.progress = _stopping(log.task, interrupt)
         if options.overwrite and options.out.exists():
             clear(options.out)
         try:
             trainer.train(resume_from_checkpoint=options.resume)
+        except KeyboardInterrupt:
+            if not interrupt.requested:
+                raise
         finally:
             log.close()
         if not interrupt.requested:
@@ -166,14 +172,33 @@ def run(options: GvmOptions, console: Console) -> GvmSummary:
     return summary
 
 
+def _stopping(progress: Progress, interrupt: StopAtInterrupt) -> Progress:
+    """``progress``, ending the run at the first step of a bar after Ctrl-C: sampling is kept."""
+
+    @contextmanager
+    def watched(what: str, total: int) -> Iterator[Callable[[int], Any]]:
+        with progress(what, total) as advance:
+
+            def step(count: int) -> None:
+                advance(count)
+                if interrupt.requested:
+                    raise KeyboardInterrupt
+
+            yield step
+
+    return watched
+
+
 def find_verifier(name: str) -> str | Verifier:
     """A verifier by its name, or the function that ``module:function`` means."""
-    if name in VERIFIERS or ":" not in name:
-        return name  # an unknown one is refused by the trainer, with the names
+    if name in VERIFIERS:
+        return name
     module, _, function = name.partition(":")
     try:
+        if not function:
+            raise ValueError("no such verifier")
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"--verifier {name}: {error}. Expected {', '.join(VERIFIERS)}, or module:function of "
             "a module that can be imported."
@@ -334,7 +359,7 @@ def _show(
         )
     if summary.interrupted:
         console.print(
-            f"Stopped at step {summary.steps}, saved as {options.out}/checkpoint-{summary.steps}. "
+            f"Stopped at step {summary.steps}; the responses sampled so far are in {options.out}. "
             "Continue with the same command and [bold]--resume[/].",
             soft_wrap=True,
         )

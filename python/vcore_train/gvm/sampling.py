@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vcore_kernels import NothingToAllocateError, allocate
-from vcore_train.gvm.engines import Response, RolloutEngine, Sampling
+from vcore_train.gvm.engines import RolloutEngine, Sampling, checked_responses
 from vcore_train.gvm.store import IterationStore, Rollout
 from vcore_train.verifiers import Verification
 
-SHORT_ROUNDS = 3  # how often an engine that returned fewer than asked is asked again
+EMPTY_ROUNDS = 3  # how often in succession an engine may return nothing before it is given up
 # (description, steps) -> a context whose value is called after each step
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
 
@@ -58,10 +58,6 @@ class EStep:
         """All, each once."""
         return [*self.first, *(r for r in self.kept if r.stage == 2)]
 
-    def sampled(self) -> Tensor:
-        """Of each prompt, over both stages: int64 [m]."""
-        return tally(self.rollouts, self.prompts)[0]
-
 
 class Collector:
     """Samples rounds of responses in chunks, verifies them, and keeps each chunk on disk.
@@ -80,12 +76,14 @@ class Collector:
         store: IterationStore,
         tasks: Sequence[Task],
         *,
+        vocabulary: int,
         batch_size: int,
         seed: tuple[int, ...],
         progress: Progress,
     ):
         self.engine, self.verification, self.tokenizer = engine, verification, tokenizer
         self.sampling, self.store, self.tasks = sampling, store, tasks
+        self.vocabulary = vocabulary
         self.batch_size, self.seed, self.progress = batch_size, seed, progress
         self.rounds = 0
         self.missing = 0
@@ -116,8 +114,14 @@ class Collector:
             self.sampling,
             seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
         )
-        check_responses(responses, counts, self.engine)
-        flat = [(i, r) for (i, _), rs in zip(chunk, responses, strict=True) for r in rs if r.tokens]
+        checked = checked_responses(
+            responses,
+            counts,
+            engine=self.engine,
+            vocabulary=self.vocabulary,
+            max_new_tokens=self.sampling.max_new_tokens,
+        )
+        flat = [(i, r) for (i, _), rs in zip(chunk, checked, strict=True) for r in rs]
         texts = self.tokenizer.batch_decode([r.tokens for _, r in flat], skip_special_tokens=True)
         pairs = [(text, self.tasks[i].answer) for (i, _), text in zip(flat, texts, strict=True)]
         verdicts = self.verification.judge(pairs)
@@ -148,22 +152,23 @@ def split(
     return chunks
 
 
-def check_responses(
-    responses: Sequence[Sequence[Response]], counts: Sequence[int], engine: RolloutEngine
-) -> None:
-    """Raises RuntimeError where an engine's answer does not fit what it was asked for."""
-    name = type(engine).__name__
-    if len(responses) != len(counts):
-        raise RuntimeError(
-            f"{name}.sample: returned {len(responses)} lists for {len(counts)} prompts. One list "
-            "for each prompt is needed, which may be short or empty."
-        )
-    for place, (came, asked) in enumerate(zip(responses, counts, strict=True)):
-        if len(came) > asked:
-            raise RuntimeError(
-                f"{name}.sample: returned {len(came)} responses for prompt {place}, asked for "
-                f"{asked}."
-            )
+def prompts_of(iteration: int, total: int, taken: int, seed: int) -> list[int]:
+    """The prompts of an iteration: ``taken`` of ``total``, none twice.
+
+    From a random order of all prompts, then another one, and so on. Where an iteration takes the
+    last of one order and the first of the next, that one's prompts which it has already come later.
+    """
+    place, end = iteration * taken, (iteration + 1) * taken
+    found: list[int] = []
+    head: set[int] = set()  # of the order before: what the iteration that reaches on has of it
+    for number in range(-(-end // total)):
+        entropy = np.random.SeedSequence((seed, number))
+        drawn = np.random.default_rng(entropy).permutation(total).tolist()
+        order = [i for i in drawn if i not in head] + [i for i in drawn if i in head]
+        begin = number * total
+        found += order[max(place - begin, 0) : max(end - begin, 0)]
+        head = set(order[total - (begin + total) % taken :]) if (begin + total) % taken else set()
+    return found
 
 
 def tally(rollouts: Sequence[Rollout], prompts: int) -> tuple[Tensor, Tensor]:
@@ -234,16 +239,14 @@ def _until(
     more: Callable[[Sequence[Rollout]], Tensor],
 ) -> list[Rollout]:
     """Rounds of what ``more`` asks for, given what has come, until it asks for nothing."""
-    kept, short = list(kept), 0
+    kept, empty = list(kept), 0
     while (counts := more(kept)).any():
         came = collector.round(counts.tolist(), stage)
         kept += came
-        lacking = int(counts.sum()) - len(came)
-        if lacking:
-            short += 1
-            if short > SHORT_ROUNDS:
-                collector.missing += lacking
-                break
+        empty = 0 if came else empty + 1
+        if empty == EMPTY_ROUNDS:
+            collector.missing += int(counts.sum())
+            break
     return kept
 
 

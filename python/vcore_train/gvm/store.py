@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from vcore_train.modeling import trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -42,34 +41,47 @@ class Rollout:
 class IterationStore:
     """The folder of one iteration.
 
+    Files that are there and cannot be read raise ValueError with their path.
+
     Args:
-        folder: made on first writing.
+        folder: made where it is not there.
         policy: :func:`fingerprint` of the weights that sample. A folder that was written by
-            another policy is renamed to ``*.replaced``: its responses are not this policy's. None
-            takes what is there, as a run does that goes on in the middle of an M-step.
+            another policy is renamed to ``*.replaced``: its responses are not this policy's.
+        reading: in the middle of an M-step: the folder is taken as it is, whatever is missing, and
+            of another policy raises ValueError.
     """
 
-    def __init__(self, folder: Path, policy: str | None):
+    def __init__(self, folder: Path, policy: str | None, *, reading: bool = False):
         self.folder = folder
         self.replaced = False
-        if policy is not None and self._policy() not in (None, policy):
-            retired = folder.with_name(f"{folder.name}.replaced")
-            shutil.rmtree(retired, ignore_errors=True)
-            folder.rename(retired)
-            self.replaced = True
-        folder.mkdir(parents=True, exist_ok=True)
-        if policy is not None:
+        same = self._policy() == policy
+        used = folder.exists() and any(folder.iterdir())
+        if reading:
+            if used and policy is not None and not same:
+                raise ValueError(
+                    f"{folder} holds responses of other weights than those that this M-step began "
+                    "with. Resume from the checkpoint at the start of the iteration."
+                )
+        else:
+            if used and not same:
+                retired = folder.with_name(f"{folder.name}.replaced")
+                shutil.rmtree(retired, ignore_errors=True)
+                folder.rename(retired)
+                self.replaced = True
+            folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path("policy.json"), json.dumps({"policy": policy}))
-        self.rounds: dict[tuple[int, int], list[Rollout]] = self._read()
+        self.rounds = self._read_parquet() if self._parquet.exists() else self._read(reading)
 
     def _path(self, name: str) -> Path:
         return self.folder / name
 
+    @property
+    def _parquet(self) -> Path:
+        return self._path("responses.parquet")
+
     def _policy(self) -> str | None:
-        try:
-            return json.loads(self._path("policy.json").read_text(encoding="utf-8"))["policy"]
-        except (OSError, ValueError, LookupError, TypeError):
-            return None
+        content = read_json(self._path("policy.json"))
+        return content.get("policy") if isinstance(content, dict) else None
 
     # ---- responses ----
 
@@ -78,7 +90,7 @@ class IterationStore:
         return self.rounds.get((round_, chunk))
 
     def append(self, round_: int, chunk: int, rollouts: Sequence[Rollout]) -> None:
-        """Adds a chunk; on return it is on the disk, or an error was raised and it is not there."""
+        """Adds a chunk; on return it is on the disk."""
         lines = [json.dumps(asdict(rollout)) for rollout in rollouts]
         lines.append(json.dumps({"round": round_, "chunk": chunk, "responses": len(rollouts)}))
         with self._path("responses.jsonl").open("ab") as file:
@@ -87,31 +99,30 @@ class IterationStore:
             os.fsync(file.fileno())
         self.rounds[round_, chunk] = list(rollouts)
 
-    def _read(self) -> dict[tuple[int, int], list[Rollout]]:
-        """The whole chunks; what follows the last one, as a kill leaves it, is cut off."""
-        if self._path("responses.parquet").exists():
-            return self._read_parquet()
+    def _read(self, reading: bool) -> dict[tuple[int, int], list[Rollout]]:
+        """The whole chunks. What follows the last one, as a kill leaves it, is cut off."""
         path = self._path("responses.jsonl")
         rounds: dict[tuple[int, int], list[Rollout]] = {}
-        if not path.exists():
-            return rounds
-        content = path.read_bytes()
-        whole = place = 0
+        content = path.read_bytes() if path.exists() else b""
+        place = whole = 0  # bytes read, and those up to the end of the last whole chunk
         pending: list[Rollout] = []
-        while (end := content.find(b"\n", place)) >= 0:
-            try:
-                row = json.loads(content[place:end])
-                if "chunk" in row:
-                    if row["responses"] != len(pending):
-                        break
-                    rounds[row["round"], row["chunk"]] = pending
-                    pending, whole = [], end + 1
-                else:
-                    pending.append(Rollout(**row))
-            except (ValueError, LookupError, TypeError):
-                break
-            place = end + 1
-        if whole < len(content):
+        bad: str | None = None
+        for number, line in enumerate(content.splitlines(keepends=True), start=1):
+            place += len(line)
+            row = _parsed(line)
+            if row is None or not line.endswith(b"\n"):
+                bad = bad or f"line {number} is not one that was written there"
+            elif "chunk" not in row:
+                pending.append(Rollout(**row))
+            elif bad is None and row["responses"] == len(pending):
+                rounds[row["round"], row["chunk"]], pending = pending, []
+                whole = place
+            else:  # a whole chunk after something that no kill leaves
+                raise ValueError(
+                    f"{path}: {bad or f'the chunk that ends in line {number} lacks responses'}. "
+                    "Repair the file, or remove the folder to sample the iteration again."
+                )
+        if whole < len(content) and not reading:
             with path.open("r+b") as file:
                 file.truncate(whole)
         return rounds
@@ -126,7 +137,7 @@ class IterationStore:
             for (round_, chunk), rollouts in self.rounds.items()
             for rollout in rollouts
         ]
-        path = self._path("responses.parquet")
+        path = self._parquet
         written = path.with_name(f"{path.name}.tmp")
         keys = [[round_, chunk] for round_, chunk in self.rounds]
         table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(
@@ -137,9 +148,13 @@ class IterationStore:
         self._path("responses.jsonl").unlink(missing_ok=True)
 
     def _read_parquet(self) -> dict[tuple[int, int], list[Rollout]]:
+        import pyarrow
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(self._path("responses.parquet"))
+        try:
+            table = pyarrow.parquet.read_table(self._parquet)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{self._parquet}: not readable ({error}).") from error
         keys = json.loads((table.schema.metadata or {})[b"chunks"])
         rounds: dict[tuple[int, int], list[Rollout]] = {tuple(key): [] for key in keys}
         for row in table.to_pylist():
@@ -153,10 +168,8 @@ class IterationStore:
         write_atomically(self._path("grad_norms.json"), json.dumps(norms.tolist()))
 
     def grad_norms(self) -> Tensor | None:
-        path = self._path("grad_norms.json")
-        if not path.exists():
-            return None
-        return torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
+        content = read_json(self._path("grad_norms.json"))
+        return None if content is None else torch.tensor(content, dtype=torch.float64)
 
     def save_prompts(self, rows: Sequence[Mapping[str, Any]]) -> None:
         write_atomically(
@@ -174,16 +187,45 @@ class IterationStore:
 
     def logp(self) -> dict[str, Tensor] | None:
         path = self._path("logp.safetensors")
-        return load_file(path) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not readable ({error}). Remove it.") from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of ``responses.jsonl``: what a Rollout is made from, or the end of a chunk."""
+    try:
+        row = json.loads(line)
+        if "chunk" in row:
+            return {name: int(row[name]) for name in ("round", "chunk", "responses")}
+        return {name: row[name] for name in Rollout.__dataclass_fields__}
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the trainable parameters' bits: another after an optimizer step."""
-    parts = [
-        int(torch.hash_tensor(parameter.detach()).view(torch.int64))
-        for parameter in trainable_parameters(model).values()
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    """Of all parameters: another after an optimizer step, and over another base model."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if values.dim() > 1:  # by column, on the device
+            values = torch.hash_tensor(values.flatten(1), dim=0).view(torch.int64)
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(values.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def read_json(path: Path) -> Any:
+    """What the file holds, None where there is none. ValueError with the path if unreadable."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable ({error}). Remove it.") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Training on sampled responses: RAFT, RAFT++ and GRPO with allocated samples."""
 
 import copy
+import fcntl
 import hashlib
 import json
 import logging
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -23,15 +23,24 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from vcore_kernels import grpo_loss, raft_loss
 from vcore_train.base_trainer import BaseTrainer
+from vcore_train.checkpoint import load_state, save_state
 from vcore_train.collators import PaddingCollator, model_inputs
 from vcore_train.data import prompt_tokens
 from vcore_train.forward_redirection import call_inside_forward
-from vcore_train.gradient_norms import sequence_grad_norms
+from vcore_train.gradient_norms import norm_parameters, sequence_grad_norms
 from vcore_train.gvm.config import RUN_OPTIONS, GvmConfig
-from vcore_train.gvm.engines import RolloutEngine, Sampling, TransformersEngine
-from vcore_train.gvm.m_step import MStep, TrainedRow, plan_m_step
-from vcore_train.gvm.sampling import Collector, EStep, Plan, Progress, Task, e_step, tally
-from vcore_train.gvm.store import IterationStore, Rollout, fingerprint, write_atomically
+from vcore_train.gvm.engines import NoEngine, RolloutEngine, Sampling, TransformersEngine
+from vcore_train.gvm.evaluation import Evaluation, evaluate_prompts
+from vcore_train.gvm.figures import e_step_figures, prompt_rows, warn
+from vcore_train.gvm.m_step import MStep, TrainedRow, plan_m_step, trained_row
+from vcore_train.gvm.sampling import Collector, EStep, Plan, Progress, Task, e_step, prompts_of
+from vcore_train.gvm.store import (
+    IterationStore,
+    Rollout,
+    fingerprint,
+    read_json,
+    write_atomically,
+)
 from vcore_train.metrics import Metrics
 from vcore_train.modeling import (
     IGNORE_INDEX,
@@ -46,7 +55,7 @@ from vcore_train.run_folder import ROLLOUTS
 from vcore_train.verifiers import Verification, Verifier
 
 logger = logging.getLogger(__name__)
-RUN_FILE = "run.json"
+RUN_FILE, LOCK = "run.json", ".lock"
 
 
 @dataclass
@@ -154,7 +163,12 @@ class GvmTrainer(BaseTrainer):
         )
         self.progress: Progress = self._tqdm
         self.metrics = Metrics()
+        self._vocabulary = causal_lm(unwrapped).config.get_text_config().vocab_size
+        if args.allocation == "gvm":
+            norm_parameters(unwrapped, args.norm_params)
         self._reference = self._make_reference(ref_model)
+        self._policy: str | None = None  # that sampled the iteration under way
+        self._verifier = _name_of(verifier)
         self._collate = PaddingCollator(processing_class.pad_token_id or 0)
         self._iteration: _Iteration | None = None
         self._evaluated: tuple[Any, list[Task]] | None = None  # a data set and its prompts
@@ -218,17 +232,18 @@ class GvmTrainer(BaseTrainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         folder = self._folder / ROLLOUTS
-        if not resume_from_checkpoint and folder.exists() and any(folder.iterdir()):
+        if not resume_from_checkpoint and any(folder.glob("iteration-*")):
             raise ValueError(
                 f"GvmTrainer: {folder} holds responses of an earlier run. Continue it with "
                 "resume_from_checkpoint=True, or choose another output_dir."
             )
         if resume_from_checkpoint is True and get_last_checkpoint(str(self._folder)) is None:
             resume_from_checkpoint = None  # killed before the first one; its responses are here
-        self._check_run(folder)
+        self._check_run()
         self._iteration = None
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with alone_in(self._folder):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.verification.close()
 
@@ -236,30 +251,43 @@ class GvmTrainer(BaseTrainer):
     def _folder(self) -> Path:
         return Path(cast(str, self.args.output_dir))
 
-    def _check_run(self, folder: Path) -> None:
-        """Raises where the run on disk had other options or other prompts."""
-        options = {name: getattr(self.args, name) for name in RUN_OPTIONS}
+    def _run(self) -> dict[str, Any]:
+        """What a run on disk must have in common with this one to be continued."""
+        run: dict[str, Any] = {name: getattr(self.args, name) for name in RUN_OPTIONS}
+        run["stage1_samples"] = self.args.stage1
         content = json.dumps([[task.tokens, task.answer] for task in self.tasks])
-        options["prompts"] = hashlib.sha256(content.encode()).hexdigest()[:32]
-        options = json.loads(json.dumps(options))
-        path = folder / RUN_FILE
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in options if before.get(name) != options[name]]
-            if changed:
-                told = "; ".join(f"{n} was {before.get(n)}, is {options[n]}" for n in changed)
-                raise ValueError(
-                    f"GvmTrainer: the run in {self._folder} was another one: {told}. Resume "
-                    "with the same options, or choose another output_dir."
-                )
+        run["prompts"] = hashlib.sha256(content.encode()).hexdigest()[:32]
+        run["verifier"] = self._verifier
+        if self._reference is not None:
+            run["reference"] = fingerprint(self._reference)
+        return json.loads(json.dumps(run))
+
+    def _check_run(self) -> None:
+        run, path = self._run(), self._folder / ROLLOUTS / RUN_FILE
+        before = read_json(path)
+        if before is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(options, indent=1))
+        if not isinstance(before, dict):
+            raise ValueError(f"{path}: not the record of a run. Remove it.")
+        changed = [name for name in {**before, **run} if before.get(name) != run.get(name)]
+        if changed:
+            told = "; ".join(f"{n} was {before.get(n)}, is {run.get(n)}" for n in changed)
+            raise ValueError(
+                f"GvmTrainer: the run in {self._folder} was another one: {told}. Resume with the "
+                "same options, prompts and models, or choose another output_dir."
+            )
+
+    def _keep_run(self) -> None:
+        path = self._folder / ROLLOUTS / RUN_FILE
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(self._run(), indent=1))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, None]:
-        number = next(epoch_iterator)["number"]
+        next(epoch_iterator)
+        number = self.state.global_step
         iteration, place = divmod(number, self.args.steps_of_iteration)
         if self._iteration is None or self._iteration.number != iteration:
             self._iteration = None  # frees the last one
@@ -269,23 +297,31 @@ class GvmTrainer(BaseTrainer):
     def _begin(self, number: int, *, middle: bool) -> _Iteration:
         """The E-step, and the plan of the M-step. ``middle``: of an iteration that is resumed."""
         args, model = self.args, self._unwrapped()
+        if not middle:
+            self._policy = fingerprint(model)
+        self._keep_run()
         folder = self._folder / ROLLOUTS / f"iteration-{number:04d}"
-        store = IterationStore(folder, None if middle else fingerprint(model))
+        store = IterationStore(folder, self._policy, reading=middle)
         if store.replaced:
             logger.warning(
                 "The responses in %s were sampled by other weights and are set aside.", folder
             )
-        tasks = [self.tasks[i] for i in self._prompts_of(number)]
+        taken = args.prompts_per_iteration or len(self.tasks)
+        places = list(range(taken))
+        if taken < len(self.tasks):
+            places = prompts_of(number, len(self.tasks), taken, args.seed)
+        tasks = [self.tasks[i] for i in places]
         start = time.perf_counter()
         with self.compute_loss_context_manager():
             self.engine.load(model)
             collector = Collector(
-                _Resumed() if middle else self.engine,
+                NoEngine() if middle else self.engine,
                 self.verification,
                 self.tokenizer,
                 args.sampling,
                 store,
                 tasks,
+                vocabulary=self._vocabulary,
                 batch_size=args.generation_batch_size,
                 seed=(args.seed, number),
                 progress=self.progress,
@@ -301,39 +337,29 @@ class GvmTrainer(BaseTrainer):
                         args.reuse_stage1,
                         args.grad_norm_average,
                     ),
-                    lambda rollouts: self._norms(tasks, rollouts),
+                    lambda rollouts: self._norms(tasks, rollouts, middle=middle),
                 )
-            figures = self._e_step_figures(number, found)
-            figures["e_step_seconds"] = time.perf_counter() - start
+            figures = {
+                "iteration": number,
+                "rollouts": self._rollouts_before(number) + len(found.rollouts),
+                **e_step_figures(found),
+                "e_step_seconds": time.perf_counter() - start,
+            }
             m_step = plan_m_step(found, tasks, args, iteration=number)
             logp = self._logp_before(store, m_step, middle=middle)
-        store.save_prompts(_prompt_rows(tasks, found))
+        store.save_prompts(prompt_rows(tasks, found))
         if args.rollout_format == "parquet":
             store.to_parquet()
-        self._warn(number, found, m_step)
+        warn(number, found, trained=len(m_step.rows))
         figures["trained_rows"] = len(m_step.rows)
         figures["empty_steps"] = sum(not step for step in m_step.steps)
         return _Iteration(number, tasks, found, m_step, store, figures, logp)
 
-    def _prompts_of(self, iteration: int) -> list[int]:
-        total, taken = len(self.tasks), self.args.prompts_per_iteration
-        if taken is None:
-            return list(range(total))
-        passes, place = divmod(iteration, total // taken)
-        generator = np.random.default_rng(np.random.SeedSequence((self.args.seed, passes)))
-        return generator.permutation(total)[place * taken : (place + 1) * taken].tolist()
-
-    def _norms(self, tasks: Sequence[Task], rollouts: Sequence[Rollout]) -> Tensor:
+    def _norms(self, tasks: Sequence[Task], rollouts: Sequence[Rollout], *, middle: bool) -> Tensor:
         """Of the gradient of each response's summed log-probability."""
-        rows = [
-            TrainedRow(
-                [*tasks[r.prompt].tokens, *r.tokens],
-                [IGNORE_INDEX] * len(tasks[r.prompt].tokens) + r.tokens,
-                0.0,
-                0.0,
-            )
-            for r in rollouts
-        ]
+        if middle:
+            raise self._moved_on("gradient norms")
+        rows = [trained_row(tasks, rollout) for rollout in rollouts]
         norms = torch.zeros(len(rows), dtype=torch.float64)
         with self.progress("gradient norms", len(rows)) as advance:
             for places in self._by_length(rows):
@@ -341,7 +367,7 @@ class GvmTrainer(BaseTrainer):
                     sequence_grad_norms(
                         self._unwrapped(),
                         self._batch([rows[i] for i in places]),
-                        params=self.args.grad_norm_params,
+                        params=self.args.norm_params,
                         temperature=self.args.temperature,
                     )
                     .double()
@@ -372,30 +398,34 @@ class GvmTrainer(BaseTrainer):
         self, store: IterationStore, m_step: MStep, *, middle: bool
     ) -> dict[str, list[Tensor]]:
         """Of the policy that sampled and of the reference, for each row, before any step."""
-        args, found = self.args, {}
-        needed = []
+        args, found, needed = self.args, {}, []
         if args.objective != "raft" and args.steps_of_iteration > 1:
             needed.append("old")
         if args.beta > 0:
             needed.append("ref")
         if not needed or not m_step.rows:
             return {}
+        tokens = torch.tensor([t for row in m_step.rows for t in row.labels if t != IGNORE_INDEX])
         lengths = [sum(label != IGNORE_INDEX for label in row.labels) for row in m_step.rows]
         kept = store.logp()
-        if kept is not None and all(
-            name in kept and len(kept[name]) == sum(lengths) for name in needed
-        ):
+        same = kept is not None and set(kept) == {"tokens", *needed}
+        if kept is not None and same and torch.equal(kept["tokens"], tokens):
             return {name: list(kept[name].split(lengths)) for name in needed}
         if middle:
-            raise ValueError(
-                f"GvmTrainer: {store.folder} has no log-probabilities of the policy that sampled, "
-                "and its weights have moved on. Resume from the checkpoint at the start of the "
-                "iteration."
-            )
+            raise self._moved_on("log-probabilities of the responses")
         for name in needed:
             found[name] = self._row_logp(m_step.rows, reference=name == "ref")
-        store.save_logp({name: torch.cat(values) for name, values in found.items()})
+        packed = {name: torch.cat(values) for name, values in found.items()}
+        store.save_logp({"tokens": tokens, **packed})
         return found
+
+    @staticmethod
+    def _moved_on(what: str) -> ValueError:
+        return ValueError(
+            f"GvmTrainer: the checkpoint is in the middle of an iteration without the {what} from "
+            "before its first step, and its weights have moved on. Resume from the checkpoint at "
+            "the start of the iteration."
+        )
 
     def _row_logp(self, rows: Sequence[TrainedRow], *, reference: bool) -> list[Tensor]:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -472,17 +502,13 @@ class GvmTrainer(BaseTrainer):
         if old is not None:
             common |= {"clip_low": args.clip_low, "clip_high": args.clip_high}
             self._count_ratios(logp.detach() - old, advantage, mask)
-        if args.objective != "grpo":
-            return raft_loss(logp, old, advantage, **common)
-        return grpo_loss(
-            logp,
-            old,
-            advantage,
-            ref_logp=padded("ref") if args.beta > 0 else None,
-            beta=args.beta,
-            dual_clip=args.dual_clip,
-            **common,
-        )
+        if args.objective == "grpo":
+            common |= {"beta": args.beta, "dual_clip": args.dual_clip}
+            common["ref_logp"] = padded("ref") if args.beta > 0 else None
+            loss = grpo_loss(logp, old, advantage, **common)
+        else:
+            loss = raft_loss(logp, old, advantage, **common)
+        return args.steps_per_iteration * loss
 
     def _count_ratios(self, log_ratio: Tensor, advantage: Tensor, mask: Tensor) -> None:
         ratio, tokens = log_ratio.exp(), mask.sum()
@@ -491,7 +517,7 @@ class GvmTrainer(BaseTrainer):
         for name, values in (
             ("ratio", ratio),
             ("clip_fraction", above | below),
-            ("kl_old", torch.expm1(-log_ratio) + log_ratio),
+            ("kl_old", torch.expm1(log_ratio) - log_ratio),
         ):
             self.metrics.add_to_ratio(name, values.where(mask, 0).sum(), tokens)
 
@@ -504,73 +530,10 @@ class GvmTrainer(BaseTrainer):
 
     # ---- what is told ----
 
-    def _e_step_figures(self, number: int, found: EStep) -> dict[str, float]:
-        rollouts = found.rollouts
-        sampled, accepted = tally(rollouts, found.prompts)
-        second, _ = tally([r for r in rollouts if r.stage == 2], found.prompts)
-        count = max(len(rollouts), 1)
-        truncated = [r for r in rollouts if not r.finished]
-        figures: dict[str, float] = {
-            "iteration": number,
-            "rollouts": self._rollouts_before(number) + len(rollouts),
-            "accept_rate": int(accepted.sum()) / count,
-            "reward": sum(r.reward for r in rollouts) / count,
-            "prompts_accepted": int(((accepted > 0) & (accepted < sampled)).sum()),
-            "prompts_rejected": int(((accepted == 0) & (sampled > 0)).sum()),
-            "prompts_solved": int(((accepted == sampled) & (sampled > 0)).sum()),
-            "truncated": len(truncated),
-            "truncated_accepted": sum(r.accepted for r in truncated),
-            "unverified": sum(r.problem is not None for r in rollouts),
-            "missing": found.missing,
-            "fell_back": int(found.fell_back is not None),
-            "response_tokens": sum(len(r.tokens) for r in rollouts) / count,
-            "samples_min": int(second.min()),
-            "samples_max": int(second.max()),
-            "prompts_unsampled": int((second == 0).sum()),
-        }
-        if found.grad_norm is not None and found.grad_norm.any():
-            figures["grad_norm_mean"] = float(found.grad_norm[found.grad_norm > 0].mean())
-        return figures
-
     def _rollouts_before(self, number: int) -> int:
         """Responses of the iterations before, by what was logged of the last of them."""
         logged = [line for line in self.state.log_history if "rollouts" in line]
         return int(logged[-1]["rollouts"]) if number and logged else 0
-
-    def _warn(self, number: int, found: EStep, m_step: MStep) -> None:
-        rollouts = found.rollouts
-        if found.fell_back is not None:
-            logger.warning(
-                "Iteration %d: the samples are shared evenly. %s", number, found.fell_back
-            )
-        if not any(r.accepted for r in rollouts):
-            logger.warning(
-                "Iteration %d: no prompt was accepted: none of %d responses to %d prompts has a "
-                "positive reward. Start from a model that solves some of them, or take easier "
-                "prompts.",
-                number,
-                len(rollouts),
-                found.prompts,
-            )
-        if not m_step.rows:
-            logger.warning(
-                "Iteration %d: no response is left to learn from; the weights stay as they are.",
-                number,
-            )
-        if found.missing:
-            logger.warning(
-                "Iteration %d: the engine did not return %d of the responses asked for.",
-                number,
-                found.missing,
-            )
-        problems = [r.problem for r in rollouts if r.problem is not None]
-        if problems:
-            logger.warning(
-                "Iteration %d: %d responses could not be verified and score 0, the first: %s",
-                number,
-                len(problems),
-                problems[0],
-            )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         current = self._iteration
@@ -609,6 +572,8 @@ class GvmTrainer(BaseTrainer):
         ``eval_runtime``. A dictionary of data sets has these for each, its name in between.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset, metric_key_prefix = self._named_evaluation(dataset), f"eval_{dataset}"
         if isinstance(dataset, dict):
             metrics: dict[str, float] = {}
             for name, part in dataset.items():
@@ -617,89 +582,67 @@ class GvmTrainer(BaseTrainer):
         if dataset is None:
             raise ValueError("GvmTrainer: evaluation needs an eval_dataset.")
         start = time.perf_counter()
-        rewards, cut, problems = self.evaluate_rewards(dataset)
-        count = max(len(rewards), 1)
-        figures = {
-            f"{metric_key_prefix}_accuracy": sum(reward > 0 for reward in rewards) / count,
-            f"{metric_key_prefix}_reward": sum(rewards) / count,
-            f"{metric_key_prefix}_truncated": cut / count,
-            f"{metric_key_prefix}_unverified": float(problems),
-            f"{metric_key_prefix}_runtime": time.perf_counter() - start,
-        }
+        figures = self._evaluation(dataset).figures(metric_key_prefix)
+        figures[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, figures
         )
         return figures
 
-    def evaluate_rewards(self, dataset: Any) -> tuple[list[float], int, int]:
-        """Rewards of ``eval_samples`` responses to each prompt, prompt after prompt; how many of
-        the responses were cut; how many could not be verified."""
+    def _named_evaluation(self, name: str) -> Any:
+        if not isinstance(self.eval_dataset, dict) or name not in self.eval_dataset:
+            raise ValueError(f"GvmTrainer: there is no eval_dataset named {name!r}.")
+        return self.eval_dataset[name]
+
+    def _evaluation(self, dataset: Any) -> Evaluation:
         args = self.args
         if self._evaluated is None or self._evaluated[0] is not dataset:
             self._evaluated = (dataset, self._tasks(dataset, "evaluation"))
-        tasks = self._evaluated[1]
-        sampling = args.sampling
-        if args.eval_samples == 1:
-            sampling = Sampling(args.max_new_tokens, temperature=0.0)
-        rewards: dict[int, list[float]] = {i: [] for i in range(len(tasks))}
-        cut = problems = 0
-        order = sorted(range(len(tasks)), key=lambda i: len(tasks[i].tokens))
-        size = max(1, args.generation_batch_size // args.eval_samples)
-        model = self._unwrapped()
-        with self.compute_loss_context_manager(), self.progress("evaluation", len(tasks)) as done:
-            self.engine.load(model)
-            for begin in range(0, len(order), size):
-                places = order[begin : begin + size]
-                responses = self.engine.sample(
-                    [tasks[i].tokens for i in places],
-                    [args.eval_samples] * len(places),
-                    sampling,
-                    seed=args.seed + begin,
-                )
-                flat = [(i, r) for i, rs in zip(places, responses, strict=True) for r in rs]
-                texts = self.tokenizer.batch_decode(
-                    [r.tokens for _, r in flat], skip_special_tokens=True
-                )
-                verdicts = self.verification.judge(
-                    [(text, tasks[i].answer) for (i, _), text in zip(flat, texts, strict=True)]
-                )
-                for (i, response), verdict in zip(flat, verdicts, strict=True):
-                    rewards[i].append(verdict.reward)
-                    cut += not response.finished
-                    problems += verdict.problem is not None
-                done(len(places))
-        return [reward for i in range(len(tasks)) for reward in rewards[i]], cut, problems
+        greedy = Sampling(args.max_new_tokens, temperature=0.0)
+        with self.compute_loss_context_manager():
+            self.engine.load(self._unwrapped())
+            return evaluate_prompts(
+                self.engine,
+                self.verification,
+                self.tokenizer,
+                self._evaluated[1],
+                greedy if args.eval_samples == 1 else args.sampling,
+                samples=args.eval_samples,
+                vocabulary=self._vocabulary,
+                batch_size=args.generation_batch_size,
+                seed=args.seed,
+                progress=self.progress,
+            )
+
+    # ---- checkpoints ----
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_state(Path(output_dir), "", {}, {"policy": self._policy})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        loaded = None if checkpoint is None else load_state(Path(checkpoint), "")
+        self._policy = None if loaded is None else loaded[1].get("policy")
 
 
-class _Resumed:
-    """Stands for the engine where an M-step goes on: everything must have been sampled before."""
-
-    def load(self, model: nn.Module) -> None:
-        pass
-
-    def sample(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "GvmTrainer: the checkpoint is in the middle of an iteration whose responses are not "
-            "all on disk, and its weights have moved on. Resume from the checkpoint at its start."
-        )
+def _name_of(verifier: str | Verifier) -> str:
+    if isinstance(verifier, str):
+        return verifier
+    kind = verifier if hasattr(verifier, "__qualname__") else type(verifier)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _prompt_rows(tasks: Sequence[Task], found: EStep) -> list[dict[str, Any]]:
-    """p, G and the samples of each prompt, as they are kept."""
-    counts = [
-        tally([r for r in found.rollouts if r.stage == stage], found.prompts) for stage in (1, 2)
-    ]
-    return [
-        {
-            "prompt": task.number,
-            "accept_rate": None if found.accept_rate is None else float(found.accept_rate[i]),
-            "grad_norm": None if found.grad_norm is None else float(found.grad_norm[i]),
-            **{
-                f"{name}_{stage}": int(values[i])
-                for stage, pair in zip((1, 2), counts, strict=True)
-                for name, values in zip(("sampled", "accepted"), pair, strict=True)
-            },
-        }
-        for i, task in enumerate(tasks)
-    ]
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raises ValueError where another process trains in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"GvmTrainer: another process is training in {folder}. Choose another output_dir."
+            ) from None
+        yield
