@@ -208,4 +208,4 @@ def test_every_arm_has_a_colour_and_a_base():
         assert gvm._kind(arm.name) in gvm.LABELS
         assert gvm._kind(arm.name) in gvm.COLOURS
         assert isinstance(arm, Arm)
-        assert gvm.BASE[arm.objective] in [a.name for a in ARMS]
+        assert gvm.base_of(arm) in [a.name for a in ARMS]

@@ -28,7 +28,10 @@ from vcore_train.console import quiet_other_libraries
 from vcore_train.experiments.gvm_start import (
     AS_IN_A_RUN,
     BEST,
+    FEW_PROMPTS,
+    FEWER,
     FIGURES,
+    LONGER,
     POOL,
     QUANTILES,
     STAGE1,
@@ -79,13 +82,17 @@ SMOOTH = 1  # iterations on either side in the running mean that speed is read f
 
 @dataclass(frozen=True)
 class Arm:
-    """``options``: of :class:`GvmConfig`; ``steps``: times the optimizer steps of the others."""
+    """``options``: of :class:`GvmConfig`; ``steps``: times the optimizer steps of the others.
+
+    ``few``: a quarter of the prompts with four times the samples, and twice the first stage.
+    """
 
     name: str
     objective: str
     allocation: str = "uniform"
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 1
+    few: bool = False
 
 
 REUSE = {"reuse_stage1": True}
@@ -97,12 +104,24 @@ ARMS = (
     Arm("Knapsack-RAFT++", "raft++", "knapsack"),
     Arm("Reinforce-Ada-RAFT++", "raft++", "reinforce_ada"),
     Arm("RAFT++, 4 x the steps", "raft++", steps=4),
+    Arm("RAFT++, few prompts", "raft++", few=True),
+    Arm("GVM-RAFT++, few prompts", "raft++", "gvm", few=True),
+    Arm("Reinforce-Ada-RAFT++, few prompts", "raft++", "reinforce_ada", few=True),
     Arm("GRPO", "grpo"),
     Arm("GVM-GRPO", "grpo", "gvm"),
     Arm("Knapsack-GRPO", "grpo", "knapsack"),
     Arm("Reinforce-Ada-GRPO", "grpo", "reinforce_ada"),
 )
 BASE = {"raft++": "RAFT++", "grpo": "GRPO"}  # objective: its arm with uniform samples
+
+
+def base_of(arm: Arm) -> str:
+    """The arm with uniform samples that an arm is compared with."""
+    return BASE[arm.objective] + (", few prompts" if arm.few else "")
+
+
+def _arm(name: str) -> Arm:
+    return next(arm for arm in ARMS if arm.name == name)
 
 
 # ---- one run, in a process of its own ----
@@ -123,7 +142,8 @@ def run_record(setting: GvmSetting, seed: int, weights: Path, arm: Arm) -> dict[
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        further = further_samples(Path(folder) / ROLLOUTS, setting.stage1)
+        first = trainer.args.stage1 or setting.stage1
+        further = further_samples(Path(folder) / ROLLOUTS, first)
     logged = trainer.state.log_history
     judged = [line for line in logged if "eval_accuracy" in line]
     iterations = [line for line in logged if "rollouts" in line]
@@ -144,7 +164,8 @@ def run_record(setting: GvmSetting, seed: int, weights: Path, arm: Arm) -> dict[
 
 
 def _config(setting: GvmSetting, seed: int, arm: Arm, folder: str) -> GvmConfig:
-    two_stages = arm.allocation in RULES_BY_RATE
+    fewer, longer = (FEWER, LONGER) if arm.few else (1, 1)
+    stage1 = longer * setting.stage1 if arm.allocation in RULES_BY_RATE else None
     return GvmConfig(
         output_dir=folder,
         objective=arm.objective,
@@ -153,9 +174,9 @@ def _config(setting: GvmSetting, seed: int, arm: Arm, folder: str) -> GvmConfig:
             {"round_size": setting.stage1} if arm.allocation == "reinforce_ada" else None
         ),
         iterations=setting.iterations,
-        prompts_per_iteration=setting.prompts_per_iteration,
-        samples_per_prompt=setting.samples_per_prompt,
-        stage1_samples=setting.stage1 if two_stages else None,
+        prompts_per_iteration=setting.prompts_per_iteration // fewer,
+        samples_per_prompt=fewer * setting.samples_per_prompt,
+        stage1_samples=stage1,
         steps_per_iteration=arm.steps * setting.steps,
         max_new_tokens=setting.max_new_tokens,
         learning_rate=setting.grpo_lr if arm.objective == "grpo" else setting.raft_lr,
@@ -265,7 +286,7 @@ def _runs(result: dict[str, Any], arm: str) -> list[dict[str, Any]]:
 
 def _base(result: dict[str, Any], arm: str) -> list[dict[str, Any]]:
     """The runs with uniform samples and the same objective."""
-    return _runs(result, BASE[_runs(result, arm)[0]["objective"]])
+    return _runs(result, base_of(_arm(arm)))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -364,7 +385,7 @@ def _runs_table(result: dict[str, Any]) -> Table:
     rows = []
     for arm in _arms(result):
         runs = _runs(result, arm)
-        base = arm in BASE.values()
+        base = arm == base_of(_arm(arm))
         faster = ["" if base else _speed_text(speeds(result, arm, c)) for c in COSTS]
         rows.append(
             [
@@ -391,7 +412,8 @@ def _runs_table(result: dict[str, Any]) -> Table:
         "the accuracy that they end at, over what the arm needs for it, on running means of "
         f"{2 * SMOOTH + 1} evaluations; above 1 is faster; seeds that do not get there are left "
         "out and counted. 4 x the steps is not equal in steps: it shows what they do by "
-        "themselves.",
+        "themselves. Few prompts: a quarter of them with four times the samples, the first stage "
+        "twice as long.",
     )
 
 
@@ -485,7 +507,7 @@ LABELS = {
 
 def _kind(arm: str) -> str:
     """What colours an arm: its rule, and what is special about it."""
-    found = next(a for a in ARMS if a.name == arm)
+    found = _arm(arm)
     if found.steps > 1:
         return f"uniform, {found.steps} x the steps"
     return "gvm, reused" if found.options == REUSE else found.allocation
@@ -493,8 +515,8 @@ def _kind(arm: str) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     with figure(path, 2, 4, size=(18, 9)) as (drawn_on, axes):
-        for row, (objective, base) in enumerate(BASE.items()):
-            arms = [a for a in _arms(result) if _runs(result, a)[0]["objective"] == objective]
+        for row, base in enumerate(BASE.values()):
+            arms = [a for a in _arms(result) if base_of(_arm(a)) == base]
             _plot_accuracy(axes[row, 0], result, arms, "rollouts")
             _plot_accuracy(axes[row, 1], result, arms, "steps")
             axes[row, 0].set_title(f"{base}: accuracy against rollouts")
@@ -533,7 +555,7 @@ def _plot_further(axes: Any, result: dict[str, Any]) -> None:
             for accepted, (mean, count) in run["further"].items():
                 total, number = pooled.get(int(accepted), (0.0, 0))
                 pooled[int(accepted)] = [total + mean * count, number + count]
-        if runs[0]["objective"] == "raft++" and pooled:
+        if base_of(_arm(arm)) == BASE["raft++"] and pooled:
             first = max(pooled)
             points = sorted((a / first, total / n) for a, (total, n) in pooled.items())
             x, y = zip(*points, strict=True)
@@ -543,7 +565,7 @@ def _plot_further(axes: Any, result: dict[str, Any]) -> None:
 
 
 def _plot_gaps(axes: Any, result: dict[str, Any]) -> None:
-    arms = [arm for arm in _arms(result) if arm not in BASE.values()][::-1]
+    arms = [arm for arm in _arms(result) if arm != base_of(_arm(arm))][::-1]
     for place, arm in enumerate(arms):
         found = gaps(result, arm, at_end=False)
         value, colour = interval(found), COLOURS[_kind(arm)]
@@ -555,7 +577,7 @@ def _plot_gaps(axes: Any, result: dict[str, Any]) -> None:
     axes.set(xlabel="points, mean of the run, minus uniform", title="Accuracy over the run")
 
 
-MARKERS = {POOL: "o", STAGE1: "s", AS_IN_A_RUN: "^"}
+MARKERS = {POOL: "o", STAGE1: "s", AS_IN_A_RUN: "^", FEW_PROMPTS: "D"}
 
 
 def _plot_variance(axes: Any, result: dict[str, Any]) -> None:

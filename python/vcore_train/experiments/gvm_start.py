@@ -42,7 +42,10 @@ from vcore_train.verifiers import exact_match
 CHUNK = 512  # responses sampled at once
 RULES = ("uniform", "gvm", "gvm, alpha 0", "neyman", "knapsack")  # those that decide at once
 BEST = "least by the formula"
-POOL, STAGE1, AS_IN_A_RUN = KNOWS = ("pool", "stage 1", "stage 1, as in a run")
+POOL, STAGE1, AS_IN_A_RUN, FEW_PROMPTS = KNOWS = (
+    *("pool", "stage 1", "stage 1, as in a run", "stage 1, as with few prompts"),
+)
+FEWER, LONGER = 4, 2  # with few prompts: times the samples of each, times its first stage
 FIGURES = ("measured", "p estimated", "formula", "bound")
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
@@ -284,7 +287,8 @@ def variance_record(setting: GvmSetting, seed: int, weights: Path) -> dict[str, 
     acceptance rates are taken as known. Only prompts that are accepted sometimes but not always in
     A, and at least once in B, take part. Each has one sample or more, so that its estimator is
     unbiased and the error a variance. But "as in a run" a rule may leave prompts out, and the first
-    stage has cost its share of the budget.
+    stage has cost its share of the budget; so it is "as with few prompts", where each prompt has
+    ``FEWER`` times the samples (uniform too, which figures are relative to).
 
     Returns ``prompts`` (that take part) and ``allocations``: rule, ``knows`` (one of ``KNOWS``) and
     ``FIGURES``, each relative to uniform. Where a first stage decides it is as long as that of a
@@ -304,37 +308,48 @@ def variance_record(setting: GvmSetting, seed: int, weights: Path) -> dict[str, 
     known = Known.of(a.accepted, norms, _means(accepted_gradients(start, a), a.accepted))
     gradients = accepted_gradients(start, b).double()
     estimator = Estimator(b.accepted, gradients @ gradients.T)
-    width = setting.stage1
-    stages = [
-        Known.of(a.accepted[:, i : i + width], norms[:, i : i + width])
-        for i in range(0, setting.pool_samples - width + 1, width)
+
+    def stages(width: int) -> list[Known]:
+        """What disjoint first stages of pool A know."""
+        return [
+            Known.of(a.accepted[:, i : i + width], norms[:, i : i + width])
+            for i in range(0, setting.pool_samples - width + 1, width)
+        ]
+
+    each, width = setting.samples_per_prompt, setting.stage1
+    short, long = stages(width), stages(LONGER * width)
+    cases: list[tuple[str, str, list[Known], int]] = [
+        *((rule, POOL, [known], each) for rule in (*RULES, BEST)),
+        *((rule, STAGE1, short, each) for rule in RULES[1:]),
+        *((rule, AS_IN_A_RUN, short, each - width) for rule in RULES[1:]),
+        ("uniform", FEW_PROMPTS, [known], FEWER * each),
+        *((rule, FEW_PROMPTS, long, FEWER * each - LONGER * width) for rule in RULES[1:]),
     ]
-    cases = (
-        *((rule, POOL, [known]) for rule in (*RULES, BEST)),
-        *((rule, knows, stages) for knows in (STAGE1, AS_IN_A_RUN) for rule in RULES[1:]),
-    )
     generator = torch.Generator().manual_seed(seed)
-    base: dict[str, float] = {}
+    bases: dict[bool, dict[str, float]] = {}
     found: list[dict[str, Any]] = []
-    for rule, knows, seen in cases:
+    for rule, knows, seen, samples in cases:
         values = []
         for one in seen:
-            each = setting.samples_per_prompt - (setting.stage1 if knows == AS_IN_A_RUN else 0)
-            counts = allocation(rule, one, each, floor=knows != AS_IN_A_RUN)
+            counts = allocation(rule, one, samples, floor=knows in (POOL, STAGE1))
             errors = estimator.measured(counts, setting.draws, generator)
             values.append((*errors, formula(known, counts), bound(known, counts)))
         mean = torch.tensor(values, dtype=torch.float64).mean(0).tolist()
         figures = dict(zip(FIGURES, mean, strict=True))
-        base = base or figures  # the first case
-        found.append({"rule": rule, "knows": knows, **{n: figures[n] / base[n] for n in FIGURES}})
+        few = knows == FEW_PROMPTS
+        if rule == "uniform":
+            bases[few] = figures
+        found.append(
+            {"rule": rule, "knows": knows, **{n: figures[n] / bases[few][n] for n in FIGURES}}
+        )
     return {
         "seed": seed,
         "prompts": len(chosen),
-        "uniform": base,
+        "uniform": bases[False],
         "least_bound": gvm_variance_bound(
             known.rms_norm, known.rate, setting.samples_per_prompt * len(chosen), alpha=0.0
         )
-        / base["bound"],
+        / bases[False]["bound"],
         "allocations": found,
     }
 
