@@ -6,9 +6,31 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vcore_train import experiment_commands, gvm_commands
+from vcore_train.command_options import (
+    DATA,
+    MODEL,
+    RUN,
+    Bf16,
+    Checkpointing,
+    Cpu,
+    EvalLimit,
+    Keep,
+    Limit,
+    Lora,
+    LoraAlpha,
+    LoraRank,
+    LoraTargets,
+    MaxGradNorm,
+    Optim,
+    Overwrite,
+    PromptField,
+    Split,
+    Warmup,
+    WeightDecay,
+    option,
+)
 from vcore_train.console import console, quiet_other_libraries
 from vcore_train.option_checks import check_numbers, check_train, in_options
-from vcore_train.option_help import option
 
 app = typer.Typer(
     name="vcore",
@@ -40,13 +62,7 @@ EmptyRows = Literal["error", "skip"]
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 
-DATA, MODEL, WEIGHTS, OTHERS, RUN = (
-    "Data",
-    "Model",
-    "VCORE: direction, utilities, weights",
-    "Other methods",
-    "Training",
-)
+WEIGHTS, OTHERS = "VCORE: direction, utilities, weights", "Other methods"
 
 
 @app.command()
@@ -62,20 +78,18 @@ def train(
     resume: Annotated[
         bool, option("Continue from the newest checkpoint in --out.", "--resume")
     ] = False,
-    overwrite: Annotated[bool, option("Replace an earlier run in --out.", "--overwrite")] = False,
+    overwrite: Overwrite = False,
     # data
-    prompt_field: Annotated[
-        str | None, option("Field of the prompt; by default recognised.", panel=DATA)
-    ] = None,
+    prompt_field: PromptField = None,
     response_field: Annotated[
         str | None, option("Field of the response; by default recognised.", panel=DATA)
     ] = None,
-    split: Annotated[str, option("Split of a dataset.", panel=DATA)] = "train",
-    limit: Annotated[int | None, option("Only the first rows.", panel=DATA)] = None,
+    split: Split = "train",
+    limit: Limit = None,
     eval_data: Annotated[
         str | None, option("Held-out data, evaluated at the end.", panel=DATA)
     ] = None,
-    eval_limit: Annotated[int | None, option("Only the first held-out rows.", panel=DATA)] = None,
+    eval_limit: EvalLimit = None,
     max_length: Annotated[
         int | None, option("Tokens a row may have.", default="the model's window", panel=DATA)
     ] = None,
@@ -137,24 +151,13 @@ def train(
             panel=MODEL,
         ),
     ] = None,
-    lora: Annotated[
-        bool, option("Train LoRA adapters over --model.", "--lora", panel=MODEL)
-    ] = False,
-    lora_rank: Annotated[
-        int | None, option("Rank of the adapters.", default="8", panel=MODEL)
-    ] = None,
-    lora_alpha: Annotated[
-        int | None, option("Scale of the adapters.", default="16", panel=MODEL)
-    ] = None,
+    lora: Lora = False,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
     lora_dropout: Annotated[
         float | None, option("Dropout before the adapters.", default="0", panel=MODEL)
     ] = None,
-    lora_targets: Annotated[
-        str | None,
-        option(
-            "Adapted modules, comma-separated, or all-linear.", default="all-linear", panel=MODEL
-        ),
-    ] = None,
+    lora_targets: LoraTargets = None,
     # vcore
     direction: Annotated[
         Direction | None,
@@ -263,28 +266,18 @@ def train(
         option("Learning rate.", default="1e-3 from scratch, 2e-5 for --model", panel=RUN),
     ] = None,
     schedule: Annotated[Schedule, option("Learning rate after warm-up.", panel=RUN)] = "linear",
-    warmup: Annotated[
-        float, option("Warm-up: steps, or below 1 a share of all.", panel=RUN)
-    ] = 0.05,
-    weight_decay: Annotated[float, option("Weight decay.", panel=RUN)] = 0.0,
-    max_grad_norm: Annotated[
-        float, option("Gradients are clipped to this norm; 0 for none.", panel=RUN)
-    ] = 1.0,
-    optim: Annotated[
-        str, option("Optimizer, by its name in transformers.", panel=RUN)
-    ] = "adamw_torch",
-    bf16: Annotated[bool, option("Compute in bfloat16 (autocast).", "--bf16", panel=RUN)] = False,
-    checkpointing: Annotated[
-        bool, option("Gradient checkpointing.", "--gradient-checkpointing", panel=RUN)
-    ] = False,
-    cpu: Annotated[
-        bool, option("Use the CPU where there is a GPU too.", "--cpu", panel=RUN)
-    ] = False,
+    warmup: Warmup = 0.05,
+    weight_decay: WeightDecay = 0.0,
+    max_grad_norm: MaxGradNorm = 1.0,
+    optim: Optim = "adamw_torch",
+    bf16: Bf16 = False,
+    checkpointing: Checkpointing = False,
+    cpu: Cpu = False,
     seed: Annotated[int, option("Of weights, data order and probes.", panel=RUN)] = 42,
     save_every: Annotated[
         int, option("Steps between checkpoints; the last step has one too.", panel=RUN)
     ] = 500,
-    keep: Annotated[int, option("Checkpoints to keep.", panel=RUN)] = 2,
+    keep: Keep = 2,
     log_every: Annotated[
         int | None,
         option("Steps between lines of metrics.jsonl.", default="about 200 lines", panel=RUN),

@@ -8,9 +8,31 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from vcore_train.command_options import (
+    DATA,
+    MODEL,
+    RUN,
+    Bf16,
+    Checkpointing,
+    Cpu,
+    EvalLimit,
+    Keep,
+    Limit,
+    Lora,
+    LoraAlpha,
+    LoraRank,
+    LoraTargets,
+    MaxGradNorm,
+    Optim,
+    Overwrite,
+    PromptField,
+    Split,
+    Warmup,
+    WeightDecay,
+    option,
+)
 from vcore_train.console import console, quiet_other_libraries
 from vcore_train.option_checks import check_gvm, check_numbers, in_options
-from vcore_train.option_help import option
 
 Objective = Literal["raft", "raft++", "grpo"]
 Rule = Literal["gvm", "uniform", "neyman", "knapsack", "reinforce_ada"]
@@ -30,7 +52,7 @@ Unanswered = Literal["error", "skip"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Format = Literal["jsonl", "parquet"]
 
-DATA, MODEL, SAMPLING, LOSS, RUN = "Data", "Model", "Sampling", "Loss", "Training"
+SAMPLING, LOSS = "Sampling", "Loss"
 
 
 class TrainByDefault(TyperGroup):
@@ -67,16 +89,14 @@ def train(
     resume: Annotated[
         bool, option("Continue the run in --out; nothing is sampled twice.", "--resume")
     ] = False,
-    overwrite: Annotated[bool, option("Replace an earlier run in --out.", "--overwrite")] = False,
+    overwrite: Overwrite = False,
     # data
-    prompt_field: Annotated[
-        str | None, option("Field of the prompt; by default recognised.", panel=DATA)
-    ] = None,
+    prompt_field: PromptField = None,
     answer_field: Annotated[
         str | None, option("Field of the answer; by default recognised.", panel=DATA)
     ] = None,
-    split: Annotated[str, option("Split of a dataset.", panel=DATA)] = "train",
-    limit: Annotated[int | None, option("Only the first rows.", panel=DATA)] = None,
+    split: Split = "train",
+    limit: Limit = None,
     unanswered: Annotated[
         Unanswered, option("What becomes of a row without a reference answer.", panel=DATA)
     ] = "error",
@@ -86,7 +106,7 @@ def train(
     eval_data: Annotated[
         str | None, option("Held-out prompts, evaluated after each iteration.", panel=DATA)
     ] = None,
-    eval_limit: Annotated[int | None, option("Only the first held-out rows.", panel=DATA)] = None,
+    eval_limit: EvalLimit = None,
     eval_samples: Annotated[
         int, option("Responses of a held-out prompt; 1 is greedy.", panel=DATA)
     ] = 1,
@@ -95,19 +115,10 @@ def train(
     dtype: Annotated[
         str, option("Precision of the weights: float32, bfloat16, float16, auto.", panel=MODEL)
     ] = "float32",
-    lora: Annotated[bool, option("Train LoRA adapters.", "--lora", panel=MODEL)] = False,
-    lora_rank: Annotated[
-        int | None, option("Rank of the adapters.", default="8", panel=MODEL)
-    ] = None,
-    lora_alpha: Annotated[
-        int | None, option("Scale of the adapters.", default="16", panel=MODEL)
-    ] = None,
-    lora_targets: Annotated[
-        str | None,
-        option(
-            "Adapted modules, comma-separated, or all-linear.", default="all-linear", panel=MODEL
-        ),
-    ] = None,
+    lora: Lora = False,
+    lora_rank: LoraRank = None,
+    lora_alpha: LoraAlpha = None,
+    lora_targets: LoraTargets = None,
     # sampling
     iterations: Annotated[int, option("E- and M-steps.", panel=SAMPLING)] = 10,
     prompts_per_iteration: Annotated[
@@ -197,27 +208,19 @@ def train(
     batch_size: Annotated[int, option("Responses in a micro-batch.", panel=RUN)] = 8,
     lr: Annotated[float, option("Learning rate.", panel=RUN)] = 1e-6,
     schedule: Annotated[Schedule, option("Learning rate after warm-up.", panel=RUN)] = "constant",
-    warmup: Annotated[float, option("Warm-up: steps, or below 1 a share of all.", panel=RUN)] = 0.0,
-    weight_decay: Annotated[float, option("Weight decay.", panel=RUN)] = 0.0,
-    max_grad_norm: Annotated[
-        float, option("Gradients are clipped to this norm; 0 for none.", panel=RUN)
-    ] = 1.0,
-    optim: Annotated[
-        str, option("Optimizer, by its name in transformers.", panel=RUN)
-    ] = "adamw_torch",
-    bf16: Annotated[bool, option("Compute in bfloat16 (autocast).", "--bf16", panel=RUN)] = False,
-    checkpointing: Annotated[
-        bool, option("Gradient checkpointing.", "--gradient-checkpointing", panel=RUN)
-    ] = False,
-    cpu: Annotated[
-        bool, option("Use the CPU where there is a GPU too.", "--cpu", panel=RUN)
-    ] = False,
+    warmup: Warmup = 0.0,
+    weight_decay: WeightDecay = 0.0,
+    max_grad_norm: MaxGradNorm = 1.0,
+    optim: Optim = "adamw_torch",
+    bf16: Bf16 = False,
+    checkpointing: Checkpointing = False,
+    cpu: Cpu = False,
     seed: Annotated[int, option("Of sampling and of the order of prompts.", panel=RUN)] = 42,
     save_every: Annotated[
         int | None,
         option("Optimizer steps between checkpoints.", default="one an iteration", panel=RUN),
     ] = None,
-    keep: Annotated[int, option("Checkpoints to keep.", panel=RUN)] = 2,
+    keep: Keep = 2,
 ) -> None:
     """Sample, verify, allocate, train, again and again (the default command)."""
     given = dict(locals())

@@ -12,7 +12,7 @@ import torch
 from rollouts import RandomEngine, logged, make_trainer, parameters, policy
 from tiny import with_lora
 from transformers import TrainerCallback
-from vcore_train.gvm.trainer import alone_in
+from vcore_train.gvm.run_file import alone_in
 
 RUN = {
     "iterations": 3,

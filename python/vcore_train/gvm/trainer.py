@@ -1,9 +1,6 @@
 """Training on sampled responses: RAFT, RAFT++ and GRPO with allocated samples."""
 
 import copy
-import fcntl
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,18 +25,17 @@ from vcore_train.collators import PaddingCollator, model_inputs
 from vcore_train.data import prompt_tokens
 from vcore_train.forward_redirection import call_inside_forward
 from vcore_train.gradient_norms import norm_parameters, sequence_grad_norms
-from vcore_train.gvm.config import RUN_OPTIONS, GvmConfig
+from vcore_train.gvm.config import GvmConfig
 from vcore_train.gvm.engines import NoEngine, RolloutEngine, Sampling, TransformersEngine
 from vcore_train.gvm.evaluation import Evaluation, evaluate_prompts
 from vcore_train.gvm.figures import e_step_figures, prompt_rows, warn
 from vcore_train.gvm.m_step import MStep, TrainedRow, plan_m_step, trained_row
+from vcore_train.gvm.run_file import alone_in, check_run, describe_run, keep_run
 from vcore_train.gvm.sampling import Collector, EStep, Plan, Progress, Task, e_step, prompts_of
 from vcore_train.gvm.store import (
     IterationStore,
     Rollout,
     fingerprint,
-    read_json,
-    write_atomically,
 )
 from vcore_train.metrics import Metrics
 from vcore_train.modeling import (
@@ -55,7 +51,7 @@ from vcore_train.run_folder import ROLLOUTS
 from vcore_train.verifiers import Verification, Verifier
 
 logger = logging.getLogger(__name__)
-RUN_FILE, LOCK = "run.json", ".lock"
+RUN_FILE = "run.json"
 
 
 @dataclass
@@ -168,7 +164,8 @@ class GvmTrainer(BaseTrainer):
             norm_parameters(unwrapped, args.norm_params)
         self._reference = self._make_reference(ref_model)
         self._policy: str | None = None  # that sampled the iteration under way
-        self._verifier = _name_of(verifier)
+        self._verifier = verifier
+        self._run: dict[str, Any] = {}
         self._collate = PaddingCollator(processing_class.pad_token_id or 0)
         self._iteration: _Iteration | None = None
         self._evaluated: tuple[Any, list[Task]] | None = None  # a data set and its prompts
@@ -239,7 +236,8 @@ class GvmTrainer(BaseTrainer):
             )
         if resume_from_checkpoint is True and get_last_checkpoint(str(self._folder)) is None:
             resume_from_checkpoint = None  # killed before the first one; its responses are here
-        self._check_run()
+        self._run = describe_run(self.args, self.tasks, self._verifier, self._reference)
+        check_run(folder / RUN_FILE, self._run)
         self._iteration = None
         try:
             with alone_in(self._folder):
@@ -250,38 +248,6 @@ class GvmTrainer(BaseTrainer):
     @property
     def _folder(self) -> Path:
         return Path(cast(str, self.args.output_dir))
-
-    def _run(self) -> dict[str, Any]:
-        """What a run on disk must have in common with this one to be continued."""
-        run: dict[str, Any] = {name: getattr(self.args, name) for name in RUN_OPTIONS}
-        run["stage1_samples"] = self.args.stage1
-        content = json.dumps([[task.tokens, task.answer] for task in self.tasks])
-        run["prompts"] = hashlib.sha256(content.encode()).hexdigest()[:32]
-        run["verifier"] = self._verifier
-        if self._reference is not None:
-            run["reference"] = fingerprint(self._reference)
-        return json.loads(json.dumps(run))
-
-    def _check_run(self) -> None:
-        run, path = self._run(), self._folder / ROLLOUTS / RUN_FILE
-        before = read_json(path)
-        if before is None:
-            return
-        if not isinstance(before, dict):
-            raise ValueError(f"{path}: not the record of a run. Remove it.")
-        changed = [name for name in {**before, **run} if before.get(name) != run.get(name)]
-        if changed:
-            told = "; ".join(f"{n} was {before.get(n)}, is {run.get(n)}" for n in changed)
-            raise ValueError(
-                f"GvmTrainer: the run in {self._folder} was another one: {told}. Resume with the "
-                "same options, prompts and models, or choose another output_dir."
-            )
-
-    def _keep_run(self) -> None:
-        path = self._folder / ROLLOUTS / RUN_FILE
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(self._run(), indent=1))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -299,7 +265,7 @@ class GvmTrainer(BaseTrainer):
         args, model = self.args, self._unwrapped()
         if not middle:
             self._policy = fingerprint(model)
-        self._keep_run()
+        keep_run(self._folder / ROLLOUTS / RUN_FILE, self._run)
         folder = self._folder / ROLLOUTS / f"iteration-{number:04d}"
         store = IterationStore(folder, self._policy, reading=middle)
         if store.replaced:
@@ -625,24 +591,3 @@ class GvmTrainer(BaseTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         loaded = None if checkpoint is None else load_state(Path(checkpoint), "")
         self._policy = None if loaded is None else loaded[1].get("policy")
-
-
-def _name_of(verifier: str | Verifier) -> str:
-    if isinstance(verifier, str):
-        return verifier
-    kind = verifier if hasattr(verifier, "__qualname__") else type(verifier)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Raises ValueError where another process trains in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"GvmTrainer: another process is training in {folder}. Choose another output_dir."
-            ) from None
-        yield

@@ -1,0 +1,42 @@
+"""How the commands declare their options, and the ones that two of them share."""
+
+from typing import Annotated, Any
+
+import typer
+
+DATA, MODEL, RUN = "Data", "Model", "Training"
+
+
+def option(
+    help: str, *names: str, panel: str | None = None, default: str | None = None, **kwargs: Any
+) -> Any:
+    """``default``: what leaving the option out means, where its own default is None."""
+    if default is not None:
+        help = f"{help.removesuffix('.')} (default: {default})."
+    return typer.Option(*names, help=help, rich_help_panel=panel, **kwargs)
+
+
+PromptField = Annotated[
+    str | None, option("Field of the prompt; by default recognised.", panel=DATA)
+]
+Split = Annotated[str, option("Split of a dataset.", panel=DATA)]
+Limit = Annotated[int | None, option("Only the first rows.", panel=DATA)]
+EvalLimit = Annotated[int | None, option("Only the first held-out rows.", panel=DATA)]
+Lora = Annotated[bool, option("Train LoRA adapters over --model.", "--lora", panel=MODEL)]
+LoraRank = Annotated[int | None, option("Rank of the adapters.", default="8", panel=MODEL)]
+LoraAlpha = Annotated[int | None, option("Scale of the adapters.", default="16", panel=MODEL)]
+LoraTargets = Annotated[
+    str | None,
+    option("Adapted modules, comma-separated, or all-linear.", default="all-linear", panel=MODEL),
+]
+Overwrite = Annotated[bool, option("Replace an earlier run in --out.", "--overwrite")]
+Warmup = Annotated[float, option("Warm-up: steps, or below 1 a share of all.", panel=RUN)]
+WeightDecay = Annotated[float, option("Weight decay.", panel=RUN)]
+MaxGradNorm = Annotated[float, option("Gradients are clipped to this norm; 0 for none.", panel=RUN)]
+Optim = Annotated[str, option("Optimizer, by its name in transformers.", panel=RUN)]
+Bf16 = Annotated[bool, option("Compute in bfloat16 (autocast).", "--bf16", panel=RUN)]
+Checkpointing = Annotated[
+    bool, option("Gradient checkpointing.", "--gradient-checkpointing", panel=RUN)
+]
+Cpu = Annotated[bool, option("Use the CPU where there is a GPU too.", "--cpu", panel=RUN)]
+Keep = Annotated[int, option("Checkpoints to keep.", panel=RUN)]
