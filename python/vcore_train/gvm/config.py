@@ -57,7 +57,8 @@ class GvmConfig(TrainingArguments):
             all samples, not only those of the second. Saves their cost. The number of a prompt's
             responses then depends on responses that are trained on, so that no weighting is
             unbiased any more: a prompt that was lucky in the first stage gets fewer further samples
-            and keeps its lucky ones. False, as in the paper: they only measure.
+            and keeps its lucky ones. False, as in the paper: they only measure, which can cost more
+            than the rule gains (docs/studies.md).
         grad_norm_params, grad_norm_average: W of G: ``"embeddings"``, ``"lm_head"``,
             ``"all-linear"``, or names of parameters with commas (``sequence_grad_norms``); and
             whether G is the ``"mean"`` over accepted responses or their ``"rms"``, which the bound
