@@ -9,6 +9,7 @@ from rollouts import END, TOKENIZER, policy
 from tiny import with_lora
 from vcore_train.gvm.engines import Response, Sampling, TransformersEngine, cut_at_end
 from vcore_train.gvm.vllm_engine import VllmEngine
+from vcore_train.modeling import causal_lm
 
 PROMPTS = [[9, 8, 7], [9, 8, 7, 6, 5, 4], [20]]
 FEW = Sampling(max_new_tokens=4)
@@ -93,13 +94,16 @@ def test_the_models_own_generation_defaults_do_not_apply(engine):
     ],
     ids=lambda defaults: next(iter(defaults)),
 )
-def test_no_default_of_the_model_reaches_the_samples(engine, defaults):
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_default_of_the_model_reaches_the_samples(engine, defaults, lora):
+    if lora:
+        engine.load(with_lora(policy()))
     plain = engine.sample(PROMPTS, [2, 2, 2], FEW, seed=2)
-    generation = engine.model.generation_config
+    generation = causal_lm(engine.model).generation_config
     for name, value in defaults.items():
         setattr(generation, name, value)
     assert engine.sample(PROMPTS, [2, 2, 2], FEW, seed=2) == plain
-    assert engine.model.generation_config is generation
+    assert causal_lm(engine.model).generation_config is generation
 
 
 def test_several_tokens_may_end_a_response(engine):

@@ -419,6 +419,16 @@ def test_cut_responses_can_be_left_out(tmp_path):
     assert all(row.input_ids[-1] == END for row in rows)
 
 
+def test_one_prompt_and_more_steps_than_prompts(tmp_path):
+    judge = Judge(lambda text, answer: 1.0)
+    trainer = make_trainer(
+        tmp_path, data=prompts(1), judge=judge, samples_per_prompt=12, steps_per_iteration=4
+    )
+    trainer.train()
+    assert logged(trainer, "trained_rows") == [8, 8]
+    assert logged(trainer, "empty_steps") == [0, 0]
+
+
 def test_fewer_samples_than_prompts(tmp_path):
     trainer = make_trainer(
         tmp_path, data=prompts(9), samples_per_prompt=2, stage1_samples=1, iterations=1
@@ -460,7 +470,6 @@ def test_rows_of_another_kind(tmp_path):
     ("options", "message"),
     [
         ({"prompts_per_iteration": 7}, "but there are 6 prompts"),
-        ({"steps_per_iteration": 7}, "no more steps than prompts"),
         ({"processing_class": None}, "processing_class must be"),
         ({"verifier": "best"}, "no verifier is named 'best'"),
         ({"grad_norm_params": "bogus"}, "bogus"),

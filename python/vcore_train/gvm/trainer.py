@@ -87,15 +87,16 @@ class GvmTrainer(BaseTrainer):
     weights than those that resumed (an earlier checkpoint, for instance) are set aside as
     ``*.replaced``.
 
-    Logged at each optimizer step: ``loss``, ``ratio`` (mean), ``clip_fraction`` (tokens whose
-    ratio the clip holds), ``kl_old`` (k3 estimate of the KL from the policy that sampled, nats a
-    token). Once an iteration: ``accept_rate`` (all responses), ``reward``, ``rollouts`` (all so
-    far), ``trained_rows``, ``prompts_accepted`` / ``prompts_rejected`` / ``prompts_solved`` (with
-    some, no, only accepted responses), ``truncated`` and ``truncated_accepted`` (cut at the length
-    limit), ``unverified`` (verifier raised, hung or died), ``missing`` (not returned by the
-    engine), ``fell_back``, ``empty_steps`` (optimizer steps without a response),
-    ``response_tokens`` (mean), ``samples_min`` / ``samples_max`` (of a prompt in the second stage),
-    ``prompts_unsampled``, ``grad_norm_mean``, and seconds of each part.
+    Logged at each optimizer step: ``loss``, and over the tokens that train ``ratio`` (mean),
+    ``clip_fraction`` (those whose ratio the clip holds) and ``kl_old`` (k3 estimate of the KL from
+    the policy that sampled, nats a token). Once an iteration: ``accept_rate`` (all responses),
+    ``reward``, ``rollouts`` (all so far), ``trained_rows``, ``prompts_accepted`` /
+    ``prompts_rejected`` / ``prompts_solved`` (with some, no, only accepted responses),
+    ``truncated`` and ``truncated_accepted`` (cut at the length limit), ``unverified`` (verifier
+    raised, hung or died), ``missing`` (not returned by the engine), ``fell_back``, ``empty_steps``
+    (optimizer steps without a response), ``response_tokens`` (mean), ``samples_min`` /
+    ``samples_max`` (of a prompt in the second stage), ``prompts_unsampled``, ``grad_norm_mean``,
+    and seconds of each part.
 
     Args:
         model: a transformers causal LM, or a PEFT model around one.
@@ -191,19 +192,10 @@ class GvmTrainer(BaseTrainer):
         ]
 
     def _check_sizes(self) -> None:
-        args, number = self.args, len(self.tasks)
-        if not number:
-            return
-        if (args.prompts_per_iteration or 0) > number:
+        wanted, number = self.args.prompts_per_iteration, len(self.tasks)
+        if wanted is not None and 0 < number < wanted:
             raise ValueError(
-                f"GvmTrainer: prompts_per_iteration={args.prompts_per_iteration}, but there are "
-                f"{number} prompts."
-            )
-        taken = args.prompts_per_iteration or number
-        if taken < args.steps_per_iteration:
-            raise ValueError(
-                f"GvmTrainer: steps_per_iteration={args.steps_per_iteration} for {taken} prompts. "
-                "Take no more steps than prompts."
+                f"GvmTrainer: prompts_per_iteration={wanted}, but there are {number} prompts."
             )
 
     def _make_reference(self, given: nn.Module | None) -> nn.Module | None:
