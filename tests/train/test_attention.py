@@ -231,6 +231,16 @@ POSITIONS = torch.tensor([[*range(4), *range(7)], [*range(11)]])
 SEGMENTS = torch.tensor([[0] * 4 + [1] * 7, [0] * 11])
 
 
+def packed(mask_function):
+    """As transformers makes the mask of a packed batch; before 5.24 in one function."""
+    at_once = getattr(masking_utils, "packed_sequence_compatibility_function", None)
+    if at_once is not None:
+        return at_once(mask_function, POSITIONS, SEGMENTS)
+    remapped = masking_utils.remap_positions_for_packed_sequence(mask_function, POSITIONS)
+    segments = masking_utils.packed_sequence_mask_function(SEGMENTS)
+    return masking_utils.and_masks(remapped, segments)
+
+
 def mask_case(name):
     causal, window = masking_utils.causal_mask_function, None
     padding = None
@@ -245,7 +255,7 @@ def mask_case(name):
         padding = torch.arange(T) >= torch.tensor([[0], [4]])
     if name in ("packed", "packed window"):
         skip = False
-        causal = masking_utils.packed_sequence_compatibility_function(causal, POSITIONS, SEGMENTS)
+        causal = packed(causal)
     if name == "blocks":  # images that see themselves both ways
         skip = False
         blocks = masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, 0] + [-1] * 7] * B))
