@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from vcore_train.experiments import gvm, gvm_start
-from vcore_train.experiments.gvm import ARMS, QUICK, Arm
+from vcore_train.experiments import gvm, gvm_report, gvm_start
+from vcore_train.experiments.gvm import QUICK
+from vcore_train.experiments.gvm_arms import ARMS, Arm, base_of
 from vcore_train.experiments.gvm_start import Estimator, Known, Pool
 from vcore_train.experiments.setting import Context
 from vcore_train.experiments.study import StudyOptions, run_study
@@ -91,14 +92,14 @@ def test_further_samples_are_counted_by_what_came_first(tmp_path):
 
 def test_speed_is_read_between_evaluations():
     base = {"accuracy": [0.1, 0.2, 0.3, 0.4, 0.4, 0.4], "rollouts": [0, 10, 20, 30, 40, 50]}
-    assert gvm.speed(base, base, "rollouts") == 1
+    assert gvm_report.speed(base, base, "rollouts") == 1
     fast = {**base, "accuracy": [0.1, 0.3, 0.6, 0.6, 0.6, 0.6]}
     # Running means after the start: uniform reaches 0.4 at its fifth point, the other on its way
     # to its second.
     own = 10 * (0.4 - 0.1) / (0.45 - 0.1)
-    assert gvm.speed(fast, base, "rollouts") == pytest.approx(40 / own)
-    assert gvm.speed({**base, "accuracy": [0.1] * 6}, base, "rollouts") == 0
-    assert math.isnan(gvm.speed(fast, {**base, "accuracy": [0.1] * 6}, "rollouts"))
+    assert gvm_report.speed(fast, base, "rollouts") == pytest.approx(40 / own)
+    assert gvm_report.speed({**base, "accuracy": [0.1] * 6}, base, "rollouts") == 0
+    assert math.isnan(gvm_report.speed(fast, {**base, "accuracy": [0.1] * 6}, "rollouts"))
 
 
 def test_gaps_are_paired_by_seed_and_objective():
@@ -111,7 +112,7 @@ def test_gaps_are_paired_by_seed_and_objective():
         for seed, value in enumerate(values)
     ]
     for at_end in (True, False):
-        found = gvm.gaps({"runs": runs}, "GVM-RAFT++", at_end=at_end)
+        found = gvm_report.gaps({"runs": runs}, "GVM-RAFT++", at_end=at_end)
         assert found == pytest.approx([0.1, 0.1])
 
 
@@ -205,7 +206,7 @@ def test_data_is_refused(tmp_path):
 
 def test_every_arm_has_a_colour_and_a_base():
     for arm in ARMS:
-        assert gvm._kind(arm.name) in gvm.LABELS
-        assert gvm._kind(arm.name) in gvm.COLOURS
+        assert gvm_report._kind(arm.name) in gvm_report.LABELS
+        assert gvm_report._kind(arm.name) in gvm_report.COLOURS
         assert isinstance(arm, Arm)
-        assert gvm.base_of(arm) in [a.name for a in ARMS]
+        assert base_of(arm) in [a.name for a in ARMS]
