@@ -75,12 +75,13 @@ def allocate_table(
     if rule == SEQUENTIAL and prompts.counted:
         known[SAMPLED], known[ACCEPTED] = (x.to(torch.int64) for x in prompts.outcomes())
     counts = allocate(rule, budget, prompts=len(prompts.rows), **known, **options)
-    _show(prompts, budget, rule, counts, options, console)
     if out is not None:
         rows = [
             {**row, COUNT: count} for row, count in zip(prompts.rows, counts.tolist(), strict=True)
         ]
         _write(rows, out)
+    _show(prompts, budget, rule, counts, options, console)
+    if out is not None:
         console.print(f"Counts: [bold]{escape(str(out))}[/]", soft_wrap=True)
     return counts.tolist()
 
