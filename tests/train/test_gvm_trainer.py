@@ -530,6 +530,8 @@ def test_evaluation(tmp_path, samples):
     assert trainer.evaluate("b")["eval_b_accuracy"] == 0.5
     with pytest.raises(ValueError, match="no eval_dataset named 'c'"):
         trainer.evaluate("c")
+    with pytest.raises(ValueError, match="Use evaluate"):
+        trainer.predict(prompts(2))
     both = trainer.evaluate()
     assert (both["eval_a_accuracy"], both["eval_b_accuracy"]) == (0.0, 0.5)
 

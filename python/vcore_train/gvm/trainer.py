@@ -548,6 +548,9 @@ class GvmTrainer(BaseTrainer):
         )
         return figures
 
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("GvmTrainer: prompts have no labels to predict. Use evaluate.")
+
     def _named_evaluation(self, name: str) -> Any:
         if not isinstance(self.eval_dataset, dict) or name not in self.eval_dataset:
             raise ValueError(f"GvmTrainer: there is no eval_dataset named {name!r}.")
