@@ -89,19 +89,18 @@ class TransformersEngine:
         if not repeated:
             return [[] for _ in prompts]
         generate: Any = self.model.generate
-        device = causal_lm(self.model).device
+        lm = causal_lm(self.model)
         longest = max(map(len, repeated))
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in repeated])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in repeated])
         ends = end_tokens(self.model, self.tokenizer)
-        lm = causal_lm(self.model)
         with torch.no_grad(), probing(self.model, attention=None), _without_defaults(lm):
             torch.manual_seed(seed)
             out = generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
+                ids.to(lm.device),
+                attention_mask=mask.to(lm.device),
                 generation_config=_generation_config(sampling, ends, pad),
             )
         assert len(out) == len(repeated)
