@@ -115,7 +115,8 @@ def perturb_(
     """Moves each parameter in place, ``theta <- theta - epsilon * g``, until :func:`restore_`.
 
     The product and the difference are formed in fp32 (float64 for float64 parameters) and rounded
-    once to the parameter's dtype. Tied parameters move once. The arguments, errors and warnings are
+    once to the parameter's dtype. Tied parameters move once. Of DTensors each rank moves its own
+    shard. The arguments, errors and warnings are
     those of :func:`perturbed`, which is this and :func:`restore_` as a context manager.
     """
     made: list[Perturbation] = []
@@ -134,6 +135,7 @@ def _perturb(
     backend: str,
 ) -> None:
     """Puts the perturbation into ``made`` before anything moves, so that no interrupt loses it."""
+    params, direction = map(_local, params), map(_local, direction)
     plan = _plan(list(params), list(direction), epsilon, rounding, consume_direction)
     if not plan.params:
         made.append(Perturbation([], "reference", []))
@@ -158,6 +160,11 @@ def _perturb(
         perturbation.keep_only((counts.read()[:, 0] != _NOT_MOVED).tolist())
         restore_(perturbation)
         raise
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor that is here, in its own storage; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 _NOT_MOVED = -1  # in `counts`

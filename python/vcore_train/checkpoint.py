@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 STAGING = ".incomplete"
 RETIRED = ".retired"
@@ -95,23 +98,64 @@ def _flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def save_state(folder: Path, suffix: str, tensors: dict[str, Tensor], values: dict) -> None:
-    """Writes ``vcore_state{suffix}.safetensors`` and ``.json``."""
+def save_state(
+    folder: Path, tensors: Mapping[str, Tensor], values: dict, *, main_process: bool = True
+) -> None:
+    """Writes ``vcore_state.safetensors`` and ``.json``, and DTensors into the folder
+    ``vcore_state``, each rank its shards (``torch.distributed.checkpoint``).
+
+    Every process calls it; tensors and values are the same on all of them.
+    """
+    sharded: dict[str, Any] = {n: t for n, t in tensors.items() if isinstance(t, DTensor)}
+    if sharded:
+        dcp.save(sharded, checkpoint_id=folder / STATE)
+    if not main_process:
+        return
     # safetensors refuses tensors that share memory, as a kept direction and its average may do.
-    copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_file(copies, folder / f"{STATE}{suffix}.safetensors")
-    content = {"values": values, "order": list(tensors)}
-    (folder / f"{STATE}{suffix}.json").write_text(json.dumps(content, indent=2) + "\n")
+    copies = {n: t.detach().cpu().clone() for n, t in tensors.items() if n not in sharded}
+    save_file(copies, folder / f"{STATE}.safetensors")
+    content = {
+        "values": values,
+        "order": list(tensors),
+        "sharded": {n: [list(t.shape), str(t.dtype)] for n, t in sharded.items()},
+    }
+    (folder / f"{STATE}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load_state(folder: Path, suffix: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """What :func:`save_state` wrote, in the same order, or None where there is no such state."""
-    path = folder / f"{STATE}{suffix}.json"
+def load_state(
+    folder: Path, like: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What :func:`save_state` wrote, in the same order, or None where there is no such state.
+
+    A tensor whose name ends in ``/`` and a name of ``like`` comes back sharded as that one is, or
+    whole where it is not, however many processes wrote it and read it.
+    """
+    path = folder / f"{STATE}.json"
     if not path.exists():
         return None
     content = json.loads(path.read_text())
-    tensors = load_file(folder / f"{STATE}{suffix}.safetensors")
+    tensors: dict[str, Any] = dict(load_file(folder / f"{STATE}.safetensors"))
+    placed = {n: (like or {}).get(n.partition("/")[2]) for n in content["order"]}
+    for name, tensor in tensors.items():
+        wanted = placed[name]
+        if isinstance(wanted, DTensor):
+            tensors[name] = distribute_tensor(
+                tensor.to(wanted.device), wanted.device_mesh, wanted.placements, src_data_rank=None
+            )
+    sharded = {
+        name: _empty(placed[name], shape, getattr(torch, dtype.removeprefix("torch.")))
+        for name, (shape, dtype) in content.get("sharded", {}).items()
+    }
+    if sharded:
+        dcp.load(sharded, checkpoint_id=folder / STATE)
+    tensors |= sharded
     return {name: tensors[name] for name in content["order"]}, content["values"]
+
+
+def _empty(like: Tensor | None, shape: list[int], dtype: torch.dtype) -> Tensor:
+    if isinstance(like, DTensor) and list(like.shape) == shape:
+        return torch.empty_like(like, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)
 
 
 def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

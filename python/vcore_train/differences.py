@@ -39,13 +39,22 @@ from weakref import WeakSet
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from vcore_kernels import linear_nll_jvp, linear_nll_pair
 from vcore_kernels.perturbed import perturbed
-from vcore_train.direction_tensors import norm_of, wide
-from vcore_train.modeling import IGNORE_INDEX, Head, causal_lm, head_of, hidden_states, probing
-from vcore_train.probed import Probed, TokenUtilities, in_their_places
+from vcore_train.context_parallel import sequence_processes
+from vcore_train.direction_tensors import local, norm_of, wide
+from vcore_train.modeling import (
+    IGNORE_INDEX,
+    Head,
+    causal_lm,
+    head_of,
+    hidden_states,
+    label_shift,
+    probing,
+)
+from vcore_train.probed import Probed, TokenUtilities
+from vcore_train.sharding import duals_in_places, reshard, sharing_processes, within_forward
 from vcore_train.shared_trunk import SharedTrunk
 
 logger = logging.getLogger("vcore_train")
@@ -99,7 +108,7 @@ def difference_utilities(
     with probing(model, attention=None):
         points = _Points(model, inputs, labels, probed, backend, central, head)
         if epsilon is None:
-            epsilon, measured = _search(model, labels, probed, points.measure, central)
+            epsilon, measured = points.search()
         else:
             measured = points.measure(epsilon)
         ratio = points.snr(epsilon, measured.change) if snr else None
@@ -125,11 +134,14 @@ class _Points:
     def __init__(self, model, inputs, labels, probed, backend, central, kind):
         self.model, self.inputs, self.labels, self.backend = model, inputs, labels, backend
         self.central, self.pair, self.probed = central, kind == "pair", probed
+        self.shift = label_shift(inputs)
         self._trunk = SharedTrunk(model, [p.parameter for p in _in_place(probed)])
         self._theta: _Point | None = None
         self._ends: tuple[_Point, _Point] | None = None
-        head = set(causal_lm(model).get_output_embeddings().parameters())
-        self._decoder_moves = any(p.moves and p.parameter not in head for p in _in_place(probed))
+        self._decoder_moves = any(p.moves and not p.of_head for p in _in_place(probed))
+        # Where ranks share a model or a sequence, each has a part of the tokens, and all take the
+        # same steps.
+        self._sharing = sharing_processes(model) + sequence_processes(model)
 
     def measure(self, epsilon: float) -> _Measured:
         """What the losses lose on the way to ``theta - epsilon * g`` from theta or, for a central
@@ -138,11 +150,10 @@ class _Points:
         self._ends = first, last
         change = _minus(first.hidden, last.hidden)
         if self.pair:
-            nll, change = _pair(first, last, self.labels, self.backend)
+            nll, change = _pair(first, last, self.labels, self.shift, self.backend)
             return _Measured(nll - change / 2 if self.central else nll, change)
         middle = last.hidden + (change / 2).to(last.hidden) if self.central else first.hidden
-        span = 2 * epsilon if self.central else epsilon
-        return self._through_head(middle, change, *_head_tangents(self.model, self.probed, span))
+        return self._through_head(middle, change, 2 * epsilon if self.central else epsilon)
 
     def snr(self, epsilon: float, change: Tensor) -> float | None:
         """Signal over noise of ``change``; None where nothing is supervised, g is 0 or not finite.
@@ -150,18 +161,19 @@ class _Points:
         One more pass.
         """
         assert self._ends is not None
-        mask = self.labels != IGNORE_INDEX
         moving = any(p.moves for p in self.probed.values())
-        if not moving or not bool(mask.any()):
+        mask = self.labels != IGNORE_INDEX
+        if not moving or not self._sum(mask.sum()):
             return None
         theta, (first, last) = self._at(0.0), self._ends
         if not self.central:
             first = self._at(-epsilon)
-        if self._decoder_moves and torch.equal(first.hidden, last.hidden):
+        moved = torch.tensor(not torch.equal(first.hidden, last.hidden), device=mask.device)
+        if self._decoder_moves and not self._sum(moved.int()):
             return 0.0
         if self.pair:
-            residual = _pair(first, theta, self.labels, self.backend)[1]
-            residual -= _pair(theta, last, self.labels, self.backend)[1]
+            residual = _pair(first, theta, self.labels, self.shift, self.backend)[1]
+            residual -= _pair(theta, last, self.labels, self.shift, self.backend)[1]
         else:
             second = _minus(first.hidden, theta.hidden) - _minus(theta.hidden, last.hidden)
             residual = self._through_head(theta.hidden, second).change
@@ -171,12 +183,41 @@ class _Points:
             change.square() - residual.square() if self.central else change * (change + residual)
         )
         share = (1 / 2 if self.central else 3 / 8) if _narrow(self.probed) else 1 / 3
-        power, noise = float(signal.mean()), share * float(residual.square().mean())
+        power, noise = self._mean(signal, mask), share * self._mean(residual.square(), mask)
         if not math.isfinite(power):
             return None
         if noise == 0:
             return math.inf if power > 0 else 0.0
         return math.sqrt(max(power, 0.0) / noise)
+
+    def search(self) -> tuple[float, _Measured]:
+        """A step that changes the losses as ``_TARGETS`` says, and losses and changes there."""
+        factor, power = _TARGETS[self.central]
+        target = factor * _machine_epsilon(self.model) ** power
+        probed, mask = self.probed.values(), self.labels != IGNORE_INDEX
+        theta = norm_of([p.parameter.detach() for p in probed])
+        if not (theta > 0 and math.isfinite(theta)):  # of NaN weights, NaN utilities are the answer
+            theta = 1.0
+        epsilon = 0.05 * target * theta / (norm_of([p.direction for p in probed]) or theta)
+        for attempt in range(1, _TRIES + 1):
+            measured = self.measure(epsilon)
+            change = math.sqrt(self._mean(measured.change[mask].square(), mask))
+            close = target / _TOLERATED <= change <= target * _TOLERATED
+            if close or change == 0 or not math.isfinite(change) or attempt == _TRIES:
+                break
+            epsilon *= min(max(target / change, 1e-3), 1e3)
+        logger.info("epsilon %.3g changes the losses by %.2g nats rms", epsilon, change)
+        return epsilon, measured
+
+    def _sum(self, value: Tensor) -> float:
+        for processes in self._sharing:
+            value = processes.sum(value)
+        return float(value)
+
+    def _mean(self, values: Tensor, mask: Tensor) -> float:
+        """Of values at the supervised tokens of all ranks; NaN where there is none."""
+        count = self._sum(mask.sum())
+        return self._sum(values.sum()) / count if count else math.nan
 
     def _at(self, step: float) -> _Point:
         if step == 0.0 and self._theta is not None:
@@ -189,9 +230,14 @@ class _Points:
             if p.head_alone and self.pair:
                 weight = p.parameter.detach().clone()
                 moved.append((weight, p.direction))
-        with _moved(moved, step):
+
+        def decode() -> _Point:
             hidden = self._trunk.run(lambda: hidden_states(self.model, self.inputs))
-            point = _Point(hidden, self._head_here(weight) if self.pair else None)
+            return _Point(hidden, self._head_here(weight) if self.pair else None)
+
+        with _moved(moved, step):
+            point = within_forward(self.model, self.model, decode)
+            reshard(self.model)  # or the next pass would not see the weights move back
         if step == 0.0:
             self._theta = point
         return point
@@ -201,53 +247,38 @@ class _Points:
         head = head_of(self.model)
         if weight is not None:
             head = replace(head, weight=weight)
-        of_head = set(causal_lm(self.model).get_output_embeddings().parameters())
-        if any(p.parameter in of_head for p in self.probed.values()):
+        if any(p.of_head for p in self.probed.values()):
             bias = None if head.bias is None else head.bias.clone()
             head = replace(head, weight=head.weight.clone(), bias=bias)
         return head
 
-    def _through_head(
-        self,
-        hidden: Tensor,
-        change: Tensor,
-        weight_change: Tensor | None = None,
-        bias_change: Tensor | None = None,
-    ) -> _Measured:
-        head = head_of(self.model)
-        return _Measured(
-            *linear_nll_jvp(
-                hidden,
-                head.weight,
-                self.labels,
-                change,
-                weight_change,
-                bias_tangent=bias_change,
-                ignore_index=IGNORE_INDEX,
-                shift=1,
-                backend=self.backend,
-                **head.options(),
+    def _through_head(self, hidden: Tensor, change: Tensor, span: float = 0.0) -> _Measured:
+        """Losses and how they change with ``hidden`` and along ``span`` steps of the head's g."""
+
+        def run() -> _Measured:
+            head = head_of(self.model)
+            weight_change, bias_change = (
+                _head_tangents(self.model, self.probed, span) if span else (None, None)
             )
-        )
+            return _Measured(
+                *linear_nll_jvp(
+                    hidden,
+                    head.weight,
+                    self.labels,
+                    change,
+                    weight_change,
+                    bias_tangent=bias_change,
+                    ignore_index=IGNORE_INDEX,
+                    shift=self.shift,
+                    backend=self.backend,
+                    **head.options(),
+                )
+            )
 
-
-def _search(model, labels, probed, measure, central) -> tuple[float, _Measured]:
-    """A step that changes the losses as ``_TARGETS`` says, and losses and changes there."""
-    factor, power = _TARGETS[central]
-    target = factor * _machine_epsilon(model) ** power
-    theta = norm_of([p.parameter.detach() for p in probed.values()])
-    if not (theta > 0 and math.isfinite(theta)):  # of NaN weights, NaN utilities are the answer
-        theta = 1.0
-    epsilon = 0.05 * target * theta / (norm_of([p.direction for p in probed.values()]) or theta)
-    for attempt in range(1, _TRIES + 1):
-        measured = measure(epsilon)
-        change = float(measured.change[labels != IGNORE_INDEX].square().mean().sqrt())
-        close = target / _TOLERATED <= change <= target * _TOLERATED
-        if close or change == 0 or not math.isfinite(change) or attempt == _TRIES:
-            break
-        epsilon *= min(max(target / change, 1e-3), 1e3)
-    logger.info("epsilon %.3g changes the losses by %.2g nats rms", epsilon, change)
-    return epsilon, measured
+        try:
+            return within_forward(self.model, self.model, run)
+        finally:
+            reshard(self.model)
 
 
 def _machine_epsilon(model: nn.Module) -> float:
@@ -289,32 +320,14 @@ def _minus(a: Tensor, b: Tensor) -> Tensor:
     return a.to(dtype) - b.to(dtype)
 
 
-class _HeadOnly(nn.Module):
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self) -> Head:
-        return head_of(self.model)
-
-
 def _head_tangents(
     model: nn.Module, probed: Mapping[str, Probed], span: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the head's weight and bias change by over ``span`` steps of g, to first order."""
-    weight = bias = None
-    of_head = set(causal_lm(model).get_output_embeddings().parameters())
-    moving = [p for p in probed.values() if p.parameter in of_head and not p.head_alone]
+    changes = {n: p.direction * span for n, p in probed.items() if p.of_head and not p.head_alone}
     with fwAD.dual_level():
-        duals = {
-            p.parameter: fwAD.make_dual(
-                p.parameter.detach(), (p.direction * span).to(p.parameter.dtype)
-            )
-            for p in moving
-        }
-        head_only = _HeadOnly(model)
-        places = in_their_places(head_only, duals)
-        head = functional_call(head_only, places, (), tie_weights=False)
+        with duals_in_places(model, changes):
+            head = head_of(model)
         weight = fwAD.unpack_dual(head.weight).tangent
         bias = None if head.bias is None else fwAD.unpack_dual(head.bias).tangent
     for p in probed.values():
@@ -323,7 +336,9 @@ def _head_tangents(
     return weight, bias
 
 
-def _pair(first: _Point, last: _Point, labels: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _pair(
+    first: _Point, last: _Point, labels: Tensor, shift: int, backend: str
+) -> tuple[Tensor, Tensor]:
     """Losses at ``first``, and what they lose on the way to ``last``, without cancellation."""
     assert first.head is not None
     assert last.head is not None
@@ -336,7 +351,7 @@ def _pair(first: _Point, last: _Point, labels: Tensor, backend: str) -> tuple[Te
         None if same else last.head.weight,
         bias_perturbed=None if same else last.head.bias,
         ignore_index=IGNORE_INDEX,
-        shift=1,
+        shift=shift,
         backend=backend,
         **first.head.options(),
     )
@@ -351,7 +366,7 @@ def _moved(pairs: list[tuple[Tensor, Tensor]], step: float) -> Iterator[None]:
     if step == 0.0 or not pairs:
         yield
         return
-    tensors, directions = [t for t, _ in pairs], [g for _, g in pairs]
+    tensors, directions = [local(t) for t, _ in pairs], [local(g) for _, g in pairs]
     narrow = any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
     rounding: Literal["nearest", "stochastic"] = "stochastic" if narrow else "nearest"
     with (

@@ -6,20 +6,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vcore_train.checkpoint import under_prefix, with_prefix
-from vcore_train.config import VcoreConfig
+from vcore_train.config import VcoreOptions
 from vcore_train.direction_states import KINDS, DirectionState, EmaDirection
 from vcore_train.directions import Batch, Direction, read_direction, update_direction
+from vcore_train.processes import Processes
 
 logger = logging.getLogger(__name__)
 
 
 class DirectionSchedule:
-    """Updates g every ``args.every`` optimizer steps and keeps it in between."""
+    """Updates g every ``args.every`` optimizer steps and keeps it in between.
 
-    def __init__(self, args: VcoreConfig):
-        self.args = args
+    Args:
+        processes: those that share the probe batches, where each has a whole copy of the model.
+    """
+
+    def __init__(self, args: VcoreOptions, processes: Processes | None = None):
+        self.args, self.processes = args, processes
         self._averaged = args.direction == EmaDirection.kind
         self.state: DirectionState = (
             EmaDirection(args.ema_decay) if self._averaged else KINDS[args.direction]()
@@ -52,6 +58,7 @@ class DirectionSchedule:
                 params=args.direction_choice,
                 max_norm=args.probe_max_norm,
                 weight=count,
+                processes=self.processes,
             )
             self._taken_at = step
         direction = read_direction(
@@ -100,7 +107,10 @@ class DirectionSchedule:
             )
             return
         self._taken_at = values["direction_taken_at"]
-        kept = {n: t.to(device) for n, t in under_prefix("direction", tensors).items()}
+        kept = {
+            n: t if isinstance(t, DTensor) else t.to(device)
+            for n, t in under_prefix("direction", tensors).items()
+        }
         self.state.load_state_dict({**state, "tensors": kept})
         if isinstance(self.state, EmaDirection):
             self.state.decay = self.args.ema_decay

@@ -4,7 +4,7 @@ Every kind is gradient-like, ``theta - eps * g`` descends, and comes as fp32 ten
 name (float64 for float64 parameters).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from vcore_train.direction_states import KINDS, DirectionState, EmaDirection
 from vcore_train.direction_tensors import Direction, check_finite, clip_direction, norm_of, wide
+from vcore_train.head_check import verify_head
 from vcore_train.modeling import (
     IGNORE_INDEX,
     causal_lm,
     check_packing,
     head_of,
+    label_shift,
     probing,
     supervised_labels,
     token_nll,
-    verify_head,
 )
 from vcore_train.optimizer_moments import first_moments, preconditioned
 from vcore_train.parameter_choice import Params, chosen_parameters, head_alone
+from vcore_train.processes import Processes
+from vcore_train.sharding import is_sharded, reshard, sharded_gradients, sharing_processes
 
 __all__ = [
     "Batch",
@@ -57,6 +60,7 @@ def descent_direction(
     precondition: bool = False,
     max_norm: float | None = None,
     num_items: int | None = None,
+    processes: Processes | None = None,
     backend: str = "auto",
 ) -> Direction:
     """The direction of steepest descent of the uniform loss, estimated in one of four ways.
@@ -93,7 +97,7 @@ def descent_direction(
             average holds raw gradients and is preconditioned when it is read.
         max_norm: clips the estimate to this Euclidean norm, as the released VCORE code does (with
             1); before it enters an average, before it is preconditioned.
-        num_items: see :func:`uniform_gradient`.
+        num_items, processes: see :func:`uniform_gradient`, also for sharded models.
         backend: of the head operators of vcore_kernels.
 
     Raises:
@@ -123,6 +127,7 @@ def descent_direction(
         params=params,
         max_norm=max_norm,
         num_items=num_items,
+        processes=processes,
         backend=backend,
     )
     direction = read_direction(state, model, optimizer=optimizer, precondition=precondition)
@@ -139,6 +144,7 @@ def update_direction(
     max_norm: float | None = None,
     weight: float = 1.0,
     num_items: int | None = None,
+    processes: Processes | None = None,
     backend: str = "auto",
 ) -> None:
     """Takes a new estimate into ``state``; the arguments are those of :func:`descent_direction`.
@@ -149,11 +155,17 @@ def update_direction(
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"descent_direction: max_norm must be positive or None, got {max_norm}.")
     estimate = None
+    reshard(model)
     if state.of_optimizer:
         estimate = first_moments(chosen_parameters(model, params), optimizer, state.kind)
     if estimate is None:
         estimate = uniform_gradient(
-            model, batches, params=params, num_items=num_items, backend=backend
+            model,
+            batches,
+            params=params,
+            num_items=num_items,
+            processes=processes,
+            backend=backend,
         )
     state.update(clip_direction(estimate, max_norm), weight)
 
@@ -181,6 +193,7 @@ def uniform_gradient(
     *,
     params: Params = "all",
     num_items: int | None = None,
+    processes: Processes | None = None,
     backend: str = "auto",
 ) -> Direction:
     """Gradient of the mean loss per supervised token of all ``batches``, each weighing the same.
@@ -192,11 +205,15 @@ def uniform_gradient(
     Cost: a forward and a backward of every batch. With a subset of the parameters the backward
     ends at the first of them in the model, and what comes before it keeps no graph.
 
+    Of a model that is sharded by FSDP2 the gradient is that over the batches of all its ranks, as
+    DTensors sharded as the parameters are; each rank passes as many batches as the others, which
+    all are run, and reads and restores ``.grad``. Its sums are in the policy's ``reduce_dtype``.
+
     Args:
         params: as in :func:`descent_direction`.
-        num_items: divisor instead of the number of supervised tokens in ``batches``. Where
-            processes share the batches, pass the number over all of them and add up the results;
-            one of them may have no supervised token then.
+        num_items: divisor instead of the number of supervised tokens in ``batches``.
+        processes: those that share the batches, each with a whole copy of the model (DDP, whose
+            inner module is to be passed): the result is that over the batches of all.
 
     Raises:
         ValueError: no supervised token in any batch, no trainable parameter, ``params`` that choose
@@ -204,23 +221,31 @@ def uniform_gradient(
     """
     if num_items is not None and num_items <= 0:
         raise ValueError(f"descent_direction: num_items must be positive, got {num_items}.")
+    reshard(model)
     parameters = chosen_parameters(model, params)
     verify_head(model)
-    total = {
-        name: torch.zeros_like(p, dtype=wide(p), requires_grad=False)
-        for name, p in parameters.items()
-    }
     # The head's use alone of a tied weight is a leaf of its own, which only the head reads.
     leaves: dict[str, Tensor] = dict(parameters)
     head, alone = None, head_alone(model)
     if alone is not None and alone in parameters:
+        if is_sharded(model):
+            raise ValueError(
+                f"descent_direction: {alone} is tied to the embeddings, and of a sharded model the "
+                "head's use alone cannot be probed. Choose other parameters."
+            )
         leaves[alone] = parameters[alone].detach().requires_grad_()
         head = replace(head_of(model), weight=leaves[alone])
+    total = {
+        name: torch.zeros_like(p, dtype=wide(p), requires_grad=False)
+        for name, p in parameters.items()
+    }
+    sharded = is_sharded(model)
     tokens = seen = 0
     for batch in [batches] if isinstance(batches, Mapping) else batches:
         seen += 1
         count = int((supervised_labels(batch) != IGNORE_INDEX).sum())
-        if count == 0:
+        # Of a sequence that processes share (label shift 0), each runs its part with the others.
+        if count == 0 and not sharded and label_shift(batch):
             continue
         tokens += count
         check_packing(batch)
@@ -229,13 +254,21 @@ def uniform_gradient(
             probing(model, attention=None, checkpointing=True),
             _graph_from(model, [p for name, p in leaves.items() if name != alone]),
         ):
-            loss = token_nll(model, batch, head=head, backend=backend).sum()
-            if not loss.requires_grad:  # none of them is read (experts of other tokens, say)
-                continue
-            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            take = sharded_gradients if sharded else _gradients
+            gradients = take(
+                model,
+                lambda batch=batch: token_nll(model, batch, head=head, backend=backend).sum(),
+                list(leaves.values()),
+            )
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient
+    counts = torch.tensor([tokens, seen], device=next(model.parameters()).device)
+    for group in sharing_processes(model) if sharded else [processes or Processes()]:
+        counts = group.sum(counts)
+    if not sharded and processes is not None:
+        processes.sum_(list(total.values()))
+    tokens, seen = counts.tolist()
     if tokens == 0 and num_items is None:
         raise ValueError(
             f"descent_direction: none of the {seen} batches has a supervised token (a label that "
@@ -244,6 +277,15 @@ def uniform_gradient(
         )
     torch._foreach_div_(list(total.values()), tokens if num_items is None else num_items)
     return total
+
+
+def _gradients(
+    model: nn.Module, loss_of: Callable[[], Tensor], leaves: list[Tensor]
+) -> Sequence[Tensor | None]:
+    loss = loss_of()
+    if not loss.requires_grad:  # none of them is read (experts of other tokens, say)
+        return [None] * len(leaves)
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vcore_kernels import weighted_linear_nll
 from vcore_kernels.backends.reference import without_autocast
+from vcore_train.head_check import verify_head
 from vcore_train.modeling import (
     IGNORE_INDEX,
     HeadPart,
@@ -22,9 +23,9 @@ from vcore_train.modeling import (
     head_parts,
     hidden_states,
     input_embeddings,
+    label_shift,
     probing,
     supervised_labels,
-    verify_head,
 )
 from vcore_train.parameter_uses import LinearUse, LookupUse, ParameterUses
 from vcore_train.sequence_squares import (
@@ -102,6 +103,11 @@ def sequence_grad_norms(
     if torch.is_inference_mode_enabled():  # its tensors cannot be saved for a backward pass
         with torch.inference_mode(False):
             inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    if not label_shift(inputs):
+        raise ValueError(
+            "sequence_grad_norms: the batch has shift_labels, so it is a part of sequences that "
+            "several processes share. Pass whole ones, with labels."
+        )
     labels = supervised_labels(inputs)
     chosen = norm_parameters(model, params)
     verify_head(model)

@@ -5,6 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from vcore_train.processes import Processes
+
 
 class Metrics:
     """Means over the optimizer steps since the last log line, and totals over the whole run.
@@ -33,9 +35,19 @@ class Metrics:
         """Seconds of a step, its probe included."""
         self._stepping += seconds
 
-    def drain(self) -> dict[str, float]:
-        """The figures as numbers; starts the next interval."""
-        figures = {name: float(pair[0] / pair[1]) for name, pair in self._sums.items()}
+    def drain(
+        self, processes: Processes | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, float]:
+        """The figures as numbers; starts the next interval.
+
+        Ratios are over all ``processes``, by one sum on ``device``; means and totals are the same
+        on all of them to begin with.
+        """
+        figures = {}
+        if self._sums:
+            pairs = torch.stack([pair.to(device) for pair in self._sums.values()])
+            pairs = (processes or Processes()).sum(pairs)
+            figures = {n: float(a / b) for n, (a, b) in zip(self._sums, pairs, strict=True)}
         for name, values in self._values.items():
             figures[name] = float(torch.stack([v.double() for v in values]).mean())
         if self._probing and self._stepping:

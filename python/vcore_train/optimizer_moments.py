@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vcore_train.direction_tensors import Direction, wide
 
@@ -139,7 +140,8 @@ def _report_cold_start(optimizer: Any, what: str, instead: str) -> None:
 def _dense(state: Mapping[str, Any], key: str, what: str) -> Tensor:
     """``state[key]`` in fp32 (float64 kept), or an error that names what works."""
     value = state.get(key)
-    if not isinstance(value, Tensor) or not value.is_floating_point() or type(value) is not Tensor:
+    plain = type(value) in (Tensor, DTensor)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not plain:
         found = ", ".join(
             f"{k}: {type(v).__name__} {v.dtype}" if isinstance(v, Tensor) else k
             for k, v in state.items()

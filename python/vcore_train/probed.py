@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vcore_train.direction_tensors import check_finite
+from vcore_train.modeling import causal_lm
 from vcore_train.parameter_choice import head_alone, some
 
 
@@ -24,21 +26,8 @@ class Probed(NamedTuple):
     parameter: nn.Parameter
     direction: Tensor
     moves: bool  # the direction is not zero
+    of_head: bool  # it is in the head, and may be in the embeddings too
     head_alone: bool = False  # of a weight shared with the embeddings, the head's use alone moves
-
-
-def in_their_places(model: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-    """``values`` by name for ``functional_call(model, ..., tie_weights=False)``.
-
-    A parameter has a name for each module that holds it, so that all its uses change. A module has
-    one name: where it stands in the model twice, functional_call would not put it back.
-    """
-    return {
-        f"{path}.{name}" if path else name: values[parameter]
-        for path, module in model.named_modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter in values
-    }
 
 
 def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[str, Probed]:
@@ -97,13 +86,31 @@ def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[s
             "direction and a utility along it says nothing. Leave them out of the direction, as "
             "descent_direction does, or call requires_grad_(True) on what is to be trained."
         )
-    largest = check_finite(direction)
+    unlike = [
+        name
+        for name, g in direction.items()
+        if isinstance(g, DTensor) != isinstance(parameters[name], DTensor)
+        or (isinstance(g, DTensor) and g.placements != parameters[name].placements)  # type: ignore[attr-defined]
+    ]
+    if unlike:
+        raise ValueError(
+            f"token_utilities: {some(unlike)} in the direction are not sharded as the model's "
+            "parameters are. Make the direction with descent_direction after fully_shard."
+        )
     alone = head_alone(model)
+    if alone in direction and isinstance(parameters[alone], DTensor):
+        raise ValueError(
+            f"token_utilities: {alone} is tied to the embeddings, and of a sharded model the "
+            "head's use alone cannot be probed. Choose other parameters."
+        )
+    largest = check_finite(direction)
+    head = set(causal_lm(model).get_output_embeddings().parameters())
     return {
         name: Probed(
             parameters[name],
             g.detach().to(parameters[name].device),
             largest[name] > 0,
+            parameters[name] in head,
             name == alone,
         )
         for name, g in direction.items()

@@ -1,6 +1,7 @@
 """Log-probabilities of the training examples under the initial policy, for iw-SFT."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from vcore_train.collators import model_inputs
 from vcore_train.examples import NUMBER, Examples
 from vcore_train.modeling import probing, token_nll
+from vcore_train.sharding import reshard, within_forward
 from vcore_train.supervised import SupervisedTokens
 
 
@@ -41,8 +43,11 @@ class ReferenceLogp:
             for start in range(0, len(order), batch_size):
                 batch = collate([examples[i] for i in order[start : start + batch_size]])
                 tokens = SupervisedTokens.of([batch])
-                packed = -tokens.packed([token_nll(model, model_inputs(batch))])
+                inputs = model_inputs(batch)
+                nll = within_forward(model, model, partial(token_nll, model, inputs))
+                packed = -tokens.packed([nll])
                 logp.extend(packed.float().cpu().split(tokens.cu_seqlens.diff().tolist()))
+        reshard(model)
         counts = torch.tensor([0, *(part.numel() for part in logp)])
         numbers = torch.tensor([examples.numbers[i] for i in order])
         return cls(numbers, counts.cumsum(0), torch.cat(logp))

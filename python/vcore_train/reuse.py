@@ -28,15 +28,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vcore_kernels import linear_nll, weighted_linear_nll
 from vcore_kernels.weighted_linear_nll import weighted_sum
+from vcore_train.head_check import verify_head
 from vcore_train.modeling import (
     IGNORE_INDEX,
     causal_lm,
     check_packing,
     head_of,
     hidden_states,
+    label_shift,
     supervised_labels,
-    verify_head,
 )
+from vcore_train.sharding import is_sharded
 from vcore_train.utilities import DualPass, dual_pass, match_direction, utilities_of
 
 __all__ = ["ForwardWithUtilities", "forward_with_utilities"]
@@ -122,7 +124,7 @@ class ForwardWithUtilities:
         backend: str,
     ):
         self._model, self._inputs, self._labels, self._backend = model, inputs, labels, backend
-        self._outputs = outputs
+        self._outputs, self._shift = outputs, label_shift(inputs)
         self._hidden: Tensor | None = dual.hidden
         self._rows: Tensor | None = None
         moves = dual.weight_tangent is not None or dual.bias_tangent is not None
@@ -131,7 +133,7 @@ class ForwardWithUtilities:
         self.nll: Tensor
         if moves or trains:
             with torch.no_grad():
-                self.utility, self.nll, *_ = utilities_of(dual, labels, backend)
+                self.utility, self.nll, *_ = utilities_of(dual, labels, self._shift, backend)
         else:
             self._keep_rows(dual)
 
@@ -144,7 +146,7 @@ class ForwardWithUtilities:
                 dual.head.weight,
                 self._labels,
                 ignore_index=IGNORE_INDEX,
-                shift=1,
+                shift=self._shift,
                 backend=self._backend,
                 **dual.head.options(),
             )
@@ -158,7 +160,8 @@ class ForwardWithUtilities:
                 strict=True,
             )
         ]
-        utility = F.pad(torch.cat(products).view(rows.shape[:2])[:, :-1], (1, 0))
+        utility = torch.cat(products).view(rows.shape[:2])
+        utility = F.pad(utility, (self._shift, 0))[:, : rows.shape[1]]
         self.utility = utility.where(self._labels != IGNORE_INDEX, 0) / dual.scale
 
     def loss(self, token_weight: Tensor) -> Tensor:
@@ -187,7 +190,7 @@ class ForwardWithUtilities:
             if outputs is not None:
                 hidden = _through_stored_layers(self._model, self._inputs, outputs)
             if rows is not None:
-                return _WeightedRows.apply(hidden, rows, self.nll, token_weight)
+                return _WeightedRows.apply(hidden, rows, self.nll, token_weight, self._shift)
             head = head_of(self._model)
             loss, _ = weighted_linear_nll(
                 hidden,
@@ -195,7 +198,7 @@ class ForwardWithUtilities:
                 self._labels,
                 token_weight,
                 ignore_index=IGNORE_INDEX,
-                shift=1,
+                shift=self._shift,
                 backend=self._backend,
                 **head.options(),
             )
@@ -204,6 +207,11 @@ class ForwardWithUtilities:
 
 def check_reusable(model: nn.Module) -> None:
     """Raises ValueError where one forward pass cannot serve both, with what to change."""
+    if is_sharded(model):
+        raise ValueError(
+            "reuse_forward: the model is sharded, and FSDP's hooks for the backward pass have no "
+            "forward derivative. Leave reuse_forward off."
+        )
     for name, module in model.named_modules():
         rate = _dropout_rate(module)
         if rate is not None:
@@ -343,13 +351,14 @@ class _WeightedRows(torch.autograd.Function):
     """``sum token_weight * nll``, where the rows d nll / d hidden are known."""
 
     @staticmethod
-    def forward(ctx, hidden, rows, nll, token_weight):
+    def forward(ctx, hidden, rows, nll, token_weight, shift):
+        ctx.shift = shift
         ctx.save_for_backward(rows, token_weight)
         return weighted_sum(token_weight, nll)
 
     @staticmethod
     def backward(ctx, grad_output):
         rows, token_weight = ctx.saved_tensors
-        # The loss of label t is the row of the token before it.
-        factor = F.pad(token_weight[:, 1:], (0, 1)) * grad_output
-        return (rows * factor[..., None]).to(rows.dtype), None, None, None
+        # The loss of label t is the row of the token before it, unless labels are shifted already.
+        factor = F.pad(token_weight[:, ctx.shift :], (0, ctx.shift)) * grad_output
+        return (rows * factor[..., None]).to(rows.dtype), None, None, None, None

@@ -22,6 +22,7 @@ class SupervisedTokens:
     positions: tuple[Tensor, ...]  # of each batch, into its flattened labels
     shapes: tuple[torch.Size, ...]  # of each batch's labels
     cu_seqlens: Tensor  # int32 [S + 1]
+    segments: tuple[int, ...]  # trajectories in each batch
 
     @classmethod
     def of(cls, batches: Sequence[Mapping[str, Any]]) -> "SupervisedTokens":
@@ -35,7 +36,8 @@ class SupervisedTokens:
             counts.append(torch.unique_consecutive(segment, return_counts=True)[1])
         ends = torch.cat(counts).cumsum(0)
         cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-        return cls(tuple(positions), tuple(shapes), cu_seqlens)
+        numbers = tuple(count.numel() for count in counts)
+        return cls(tuple(positions), tuple(shapes), cu_seqlens, numbers)
 
     @property
     def count(self) -> int:

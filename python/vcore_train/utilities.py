@@ -18,7 +18,6 @@ from weakref import WeakSet
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from vcore_kernels import linear_nll_jvp
@@ -27,6 +26,7 @@ from vcore_train import attention
 from vcore_train.differences import DIFFERENCE_HEADS, DifferenceHead, difference_utilities
 from vcore_train.direction_tensors import norm_of
 from vcore_train.dual_layers import dual_layers
+from vcore_train.head_check import verify_head
 from vcore_train.modeling import (
     IGNORE_INDEX,
     Head,
@@ -34,12 +34,13 @@ from vcore_train.modeling import (
     check_packing,
     head_of,
     hidden_states,
+    label_shift,
     probing,
     supervised_labels,
-    verify_head,
 )
 from vcore_train.parameter_choice import some
-from vcore_train.probed import Probed, TokenUtilities, in_their_places, match_direction
+from vcore_train.probed import Probed, TokenUtilities, match_direction
+from vcore_train.sharding import duals_in_places, reshard, within_forward
 
 __all__ = [
     "ForwardDerivativeError",
@@ -149,6 +150,7 @@ def token_utilities_and_nll(
         )
     labels = supervised_labels(inputs)
     check_packing(inputs)
+    reshard(model)
     probed = match_direction(model, direction)
     verify_head(model)
     with torch.inference_mode(False), torch.no_grad():  # inference mode would drop the tangents
@@ -170,17 +172,6 @@ def token_utilities_and_nll(
 # ---- forward mode ----
 
 
-class _DecoderAndHead(nn.Module):
-    """All that depends on parameters, so that one functional_call replaces them everywhere."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Head]:
-        return hidden_states(self.model, inputs), head_of(self.model)
-
-
 # Models with an attention layer that "vcore_jvp" turned out not to compute.
 _eager_attention: WeakSet[nn.Module] = WeakSet()
 
@@ -188,7 +179,14 @@ _eager_attention: WeakSet[nn.Module] = WeakSet()
 def _forward_mode(model, inputs, labels, probed, epsilon, backend) -> TokenUtilities:
     if epsilon is not None:
         raise ValueError("token_utilities: method 'jvp' takes no epsilon; it is a derivative.")
-    return utilities_of(dual_pass(model, inputs, probed), labels, backend)
+
+    def run() -> TokenUtilities:
+        return utilities_of(dual_pass(model, inputs, probed), labels, label_shift(inputs), backend)
+
+    try:
+        return within_forward(model, model, run)
+    finally:
+        reshard(model)
 
 
 class DualPass(NamedTuple):
@@ -227,19 +225,18 @@ def dual_pass(
 
 def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
     scale = _tangent_scale(model, probed)
-    both = _DecoderAndHead(model)
+    tangents = {
+        name: _scaled(p.direction, scale)
+        for name, p in probed.items()
+        if p.moves and not p.head_alone
+    }
     with probing(model, attention=implementation), dual_layers(model), fwAD.dual_level():
-        duals = {
-            p.parameter: fwAD.make_dual(
-                p.parameter if graph else p.parameter.detach(),
-                _scaled(p.direction, scale).to(p.parameter.dtype),
-            )
-            for p in probed.values()
-            if p.moves and not p.head_alone
-        }
-        places = in_their_places(both, duals)
-        with _explained(model), _PlainTangents() if graph else _NoLostTangents():
-            hidden, head = functional_call(both, places, (inputs,), tie_weights=False)
+        with (
+            _explained(model),
+            duals_in_places(model, tangents, graph=graph),
+            _PlainTangents() if graph else _NoLostTangents(),
+        ):
+            hidden, head = hidden_states(model, inputs), head_of(model)
         hidden, hidden_tangent = fwAD.unpack_dual(hidden)
         weight, weight_tangent = fwAD.unpack_dual(head.weight)
         bias, bias_tangent = (None, None) if head.bias is None else fwAD.unpack_dual(head.bias)
@@ -247,13 +244,13 @@ def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
         if p.head_alone:
             weight_tangent = _scaled(p.direction, scale)
     if hidden_tangent is None:
-        _check_only_head(model, probed)
+        _check_only_head(probed)
         hidden_tangent = torch.zeros_like(hidden)
     head = replace(head, weight=weight, bias=bias)
     return DualPass(hidden, hidden_tangent, head, weight_tangent, bias_tangent, scale)
 
 
-def utilities_of(dual: DualPass, labels: Tensor, backend: str) -> TokenUtilities:
+def utilities_of(dual: DualPass, labels: Tensor, shift: int, backend: str) -> TokenUtilities:
     """The losses under the head and their tangents."""
     nll, tangent = linear_nll_jvp(
         dual.hidden,
@@ -263,7 +260,7 @@ def utilities_of(dual: DualPass, labels: Tensor, backend: str) -> TokenUtilities
         dual.weight_tangent,
         bias_tangent=dual.bias_tangent,
         ignore_index=IGNORE_INDEX,
-        shift=1,
+        shift=shift,
         backend=backend,
         **dual.head.options(),
     )
@@ -286,10 +283,9 @@ def _scaled(direction: Tensor, scale: float) -> Tensor:
     return direction if scale == 1.0 else direction * scale
 
 
-def _check_only_head(model: nn.Module, probed: Mapping[str, Probed]) -> None:
+def _check_only_head(probed: Mapping[str, Probed]) -> None:
     """Raises where a parameter moves that should have moved the hidden states, and they did not."""
-    of_head = set(causal_lm(model).get_output_embeddings().parameters())
-    lost = [name for name, p in probed.items() if p.moves and p.parameter not in of_head]
+    lost = [name for name, p in probed.items() if p.moves and not p.of_head]
     if lost:
         raise ForwardDerivativeError(
             f"token_utilities: {some(lost)} have a direction, but the decoder's hidden states "

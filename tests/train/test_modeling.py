@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import packed_batch, padded_batch, tiny_model, unpacked, with_lora
+from vcore_train.head_check import verify_head
 from vcore_train.modeling import (
     check_packing,
     head_of,
@@ -15,7 +16,6 @@ from vcore_train.modeling import (
     supervised_labels,
     token_nll,
     trainable_parameters,
-    verify_head,
 )
 
 

@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, where
     second = make_trainer(tmp_path, callbacks=[StopAt(3)], **options)
     owner = {
         "_save_rng_state": "vcore_train.trainer.VcoreTrainer",
-        "save_state": "vcore_train.trainer",
+        "save_state": "vcore_train.mixin",
         "_flush": "vcore_train.checkpoint",
     }[where]
     with monkeypatch.context() as patch:

@@ -9,9 +9,10 @@ from exact import LiftedCasts, random_direction
 from tiny import packed_batch, padded_batch, tiny_model, with_lora
 from training import logged, make_trainer, parameters, train
 from vcore_train import VcoreConfig, attention, reuse
-from vcore_train import trainer as trainer_module
+from vcore_train import mixin as trainer_module
 from vcore_train.direction_schedule import DirectionSchedule
-from vcore_train.modeling import token_nll, trainable_parameters, verify_head
+from vcore_train.head_check import verify_head
+from vcore_train.modeling import token_nll, trainable_parameters
 from vcore_train.reuse import checkpointed_layers, forward_with_utilities
 from vcore_train.utilities import NonFiniteDirectionError, token_utilities_and_nll
 

@@ -406,7 +406,7 @@ def test_a_direction_with_nan_falls_back_to_uniform(tmp_path, monkeypatch):
 
 
 def test_utilities_with_inf_fall_back_to_uniform(tmp_path, monkeypatch):
-    import vcore_train.trainer as module
+    import vcore_train.mixin as module
 
     real = module.token_utilities_and_nll
 

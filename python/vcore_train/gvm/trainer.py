@@ -23,7 +23,6 @@ from vcore_train.base_trainer import BaseTrainer
 from vcore_train.checkpoint import load_state, save_state
 from vcore_train.collators import PaddingCollator, model_inputs
 from vcore_train.data import prompt_tokens
-from vcore_train.forward_redirection import call_inside_forward
 from vcore_train.gradient_norms import norm_parameters, sequence_grad_norms
 from vcore_train.gvm.config import GvmConfig
 from vcore_train.gvm.engines import NoEngine, RolloutEngine, Sampling, TransformersEngine
@@ -37,6 +36,7 @@ from vcore_train.gvm.store import (
     Rollout,
     fingerprint,
 )
+from vcore_train.head_check import verify_head
 from vcore_train.metrics import Metrics
 from vcore_train.modeling import (
     IGNORE_INDEX,
@@ -44,10 +44,10 @@ from vcore_train.modeling import (
     head_of,
     probing,
     token_nll,
-    verify_head,
 )
 from vcore_train.prompts import as_prompts
 from vcore_train.run_folder import ROLLOUTS
+from vcore_train.sharding import within_forward
 from vcore_train.verifiers import Verification, Verifier
 
 logger = logging.getLogger(__name__)
@@ -442,7 +442,7 @@ class GvmTrainer(BaseTrainer):
         args, kept = self.args, self._iteration.logp
         unwrapped, batch = self._unwrapped(model), self._batch(rows)
         mask = batch["labels"] != IGNORE_INDEX
-        logp = call_inside_forward(model, unwrapped, lambda: self._logp(unwrapped, batch))
+        logp = within_forward(model, unwrapped, lambda: self._logp(unwrapped, batch))
 
         def padded(name: str) -> Tensor:
             values = torch.cat([kept[name][i] for i in places]).to(logp)

@@ -1,0 +1,259 @@
+"""Models that are sharded over processes by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+Parameters of such a model are DTensors; FSDP gathers those of one unit at a time around its forward
+and backward. What goes past the model's own forward, as all losses here do, has to stand where FSDP
+expects it: :func:`within_forward`. A forward-mode pass needs the tangents gathered beside the
+weights: :func:`duals_in_places`. On a model that is not sharded both do the plain thing, so their
+callers do not ask.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.autograd.forward_ad as fwAD
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from vcore_train.direction_tensors import local
+from vcore_train.modeling import causal_lm
+from vcore_train.processes import Processes
+
+Result = TypeVar("Result")
+# The name since PyTorch 2.13 and the one before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def sharing_processes(model: nn.Module) -> list[Processes]:
+    """The groups over which FSDP averages gradients: shards, and replicas of hybrid sharding."""
+    for p in model.parameters():
+        if isinstance(p, DTensor):
+            return [Processes(p.device_mesh.get_group(d)) for d in range(p.device_mesh.ndim)]
+    return []
+
+
+def reshard(model: nn.Module) -> None:
+    """Every unit back to its shards. A pass without a backward leaves some gathered, and then they
+    would neither see a step of the optimizer nor be what ``model.parameters()`` gives."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def within_forward(wrapper: nn.Module, model: nn.Module, function: Callable[[], Result]) -> Result:
+    """``function()``, in which losses of ``model`` are computed past its own forward.
+
+    ``wrapper`` is ``model`` or a wrapper such as DDP around it. DDP and FSDP2 prepare the backward
+    pass around the forward of the module that they hold, so a loss computed beside it would leave
+    gradients without synchronisation. For FSDP2 the head is gathered as well, since its forward is
+    not called. Where nothing is wrapped or sharded it is a plain call.
+    """
+    root = wrapper if wrapper is not model else _root(model)
+    if root is None:
+        return function()
+    inner = model if wrapper is not model else root
+    own = vars(inner).get("forward")
+    results: list[Result] = []
+
+    def redirected() -> Any:
+        _put_forward(inner, own)
+        head = causal_lm(model).get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
+        results.append(function())
+        return results[0]
+
+    inner.forward = redirected  # type: ignore[method-assign]
+    try:
+        out = root()
+    finally:
+        _put_forward(inner, own)
+    # FSDP casts what comes out (a loss, to bfloat16); its hooks are on what went in.
+    return out if wrapper is not model else results[0]
+
+
+def _put_forward(module: nn.Module, own: Any) -> None:
+    if own is None:
+        vars(module).pop("forward", None)
+    else:
+        module.forward = own
+
+
+def _root(model: nn.Module) -> FSDPModule | None:
+    """The FSDP module around decoder and head, which has to run first; None if nothing is sharded.
+
+    Raises ValueError where only parts of the model are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            if causal_lm(model) in set(module.modules()):  # type: ignore[attr-defined]
+                return module
+            raise ValueError(
+                f"parts of {type(model).__name__} are sharded by FSDP2, and the model itself is "
+                "not. Call fully_shard(model) after its parts."
+            )
+    return None
+
+
+def sharded_gradients(
+    model: nn.Module, loss_of: Callable[[], Tensor], leaves: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of the sum over all ranks of ``loss_of()``, sharded as the leaves are.
+
+    FSDP reduces gradients into ``.grad`` and no other way; what stood there stands there again.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    before = [p.grad for p in parameters]
+    groups = [
+        group
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    ]
+    # Between the micro-batches of a step gradients may be left unreduced.
+    modes = [(g.reduce_grads, g.all_reduce_grads) for g in groups]
+    try:
+        for p in parameters:
+            p.grad = None
+        for g in groups:
+            g.reduce_grads = g.all_reduce_grads = True
+        within_forward(model, model, loss_of).backward()
+        size = math.prod(processes.count for processes in sharing_processes(model))
+        size = groups[0].gradient_divide_factor or size
+        return [None if leaf.grad is None else leaf.grad * size for leaf in leaves]
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+        for g, (reduce, all_reduce) in zip(groups, modes, strict=True):
+            g.reduce_grads, g.all_reduce_grads = reduce, all_reduce
+
+
+# ---- tangents ----
+
+
+class _Place(NamedTuple):
+    """Where a module holds a parameter."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+
+
+@contextmanager
+def duals_in_places(
+    model: nn.Module, direction: Mapping[str, Tensor], *, graph: bool = False
+) -> Iterator[None]:
+    """Inside, the parameters named in ``direction`` are dual tensors wherever a module holds them.
+
+    Enter it in a dual level and, for FSDP2, in :func:`within_forward`. A unit of FSDP gets its
+    duals when its forward begins, the tangents gathered by one collective from shards like the
+    parameters' own, and loses them when it ends; the root and the head have theirs all the while.
+    The values are detached unless ``graph``.
+    """
+    head, root = causal_lm(model).get_output_embeddings(), _root(model)
+    # By name: a parameter that FSDP has gathered is another object than the one it shards.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tangents = {parameters[name]: tangent for name, tangent in direction.items()}
+    units: dict[nn.Module | None, list[_Place]] = {}
+    for unit, place in _places(model, None):
+        if place.parameter in tangents:
+            units.setdefault(unit, []).append(place)
+    with ExitStack() as stack:
+        for unit, places in units.items():
+            if unit is None or unit is root or unit is head:
+                stack.enter_context(_swapped(places, tangents, graph))
+            else:
+                _swap_in_forward(stack, unit, places, tangents, graph)
+        yield
+
+
+def _places(module: nn.Module, unit: nn.Module | None) -> Iterator[tuple[nn.Module | None, _Place]]:
+    """Every place of a parameter with the unit of FSDP that it belongs to."""
+    unit = module if isinstance(module, FSDPModule) else unit
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield unit, _Place(module, name, parameter)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _places(child, unit)
+
+
+def _swap_in_forward(stack, unit, places, tangents, graph) -> None:
+    swapped: list[ExitStack] = []
+
+    def enter(*_: Any) -> None:
+        inside = ExitStack()
+        inside.enter_context(_swapped(places, tangents, graph))
+        swapped.append(inside)
+
+    def leave(*_: Any) -> None:
+        if swapped:
+            swapped.pop().close()
+
+    # After FSDP has gathered the weights, and before it gives them up.
+    stack.callback(unit.register_forward_pre_hook(enter).remove)
+    stack.callback(unit.register_forward_hook(leave, prepend=True, always_call=True).remove)
+    stack.callback(leave)
+
+
+@contextmanager
+def _swapped(places, tangents, graph) -> Iterator[None]:
+    """Duals in ``places``, made of the plain parameters that stand there now."""
+    before = [(place, place.module._parameters[place.name]) for place in places]
+    values = {place.parameter: value for place, value in before}
+    gathered = _gathered({p: tangents[p].to(value.dtype) for p, value in values.items()})
+    duals = {
+        p: fwAD.make_dual(value if graph else value.detach(), gathered[p])
+        for p, value in values.items()
+    }
+    try:
+        for place in places:
+            place.module._parameters[place.name] = duals[place.parameter]
+        yield
+    finally:
+        for place, value in before:
+            place.module._parameters[place.name] = value
+
+
+def _gathered(tangents: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+    """The whole of each tangent; shards along the first dimension by one collective for all."""
+    whole = {p: t for p, t in tangents.items() if not isinstance(t, DTensor)}
+    sharded: dict[Any, dict[nn.Parameter, DTensor]] = {}
+    for p, t in tangents.items():
+        if not isinstance(t, DTensor):
+            continue
+        dims = [d for d, placement in enumerate(t.placements) if not placement.is_replicate()]
+        if len(dims) == 1 and t.placements[dims[0]].is_shard(0):
+            sharded.setdefault((t.device_mesh, dims[0], t.dtype), {})[p] = t
+        else:
+            whole[p] = t.full_tensor()
+    for (mesh, dim, _), parts in sharded.items():
+        whole.update(zip(parts, _gathered_rows(list(parts.values()), mesh, dim), strict=True))
+    return whole
+
+
+def _gathered_rows(tangents: list[DTensor], mesh: Any, dim: int) -> list[Tensor]:
+    size = mesh.size(dim)
+    rows = [-(-t.shape[0] // size) for t in tangents]  # of a shard; the last ones may have less
+    entries = [n * math.prod(t.shape[1:]) for n, t in zip(rows, tangents, strict=True)]
+    # FSDP may keep its shards in host memory; collectives run on the mesh's device.
+    sent = torch.zeros(sum(entries), dtype=tangents[0].dtype, device=mesh.device_type)
+    for part, tangent in zip(sent.split(entries), tangents, strict=True):
+        shard = local(tangent)
+        part[: shard.numel()] = shard.flatten()
+    received = sent.new_empty(size * sent.numel())
+    _all_gather(received, sent, group=mesh.get_group(dim))
+    return [
+        part.reshape(size * n, *t.shape[1:])[: t.shape[0]]
+        for part, n, t in zip(
+            received.view(size, -1).split(entries, dim=1), rows, tangents, strict=True
+        )
+    ]
