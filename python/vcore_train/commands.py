@@ -1,7 +1,7 @@
 """The commands of ``vcore``. Heavy imports happen inside, so that ``vcore --help`` is quick."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -30,6 +30,7 @@ from vcore_train.command_options import (
     option,
 )
 from vcore_train.console import console, quiet_other_libraries
+from vcore_train.launch import process_count
 from vcore_train.option_checks import check_numbers, check_train, in_options
 
 app = typer.Typer(
@@ -46,9 +47,15 @@ app.add_typer(gvm_commands.app, name="gvm")
 
 @app.callback()
 def common(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options of every command."""
+    if context.invoked_subcommand != "train" and process_count() > 1:
+        raise ValueError(
+            f"vcore {context.invoked_subcommand} works in one process, and the launcher started "
+            f"{process_count()}. Call it without torchrun or accelerate launch."
+        )
 
 
 Method = Literal["sft", "random", "dft", "iw_sft", "vcore"]
@@ -63,6 +70,16 @@ Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 
 WEIGHTS, OTHERS = "VCORE: direction, utilities, weights", "Other methods"
+Sharding = Literal["full_shard", "shard_grad_op"]
+
+
+def options_of_file(context: typer.Context, value: Path | None) -> Path | None:
+    """Takes the options in the file as defaults, so that the command line wins."""
+    if value is not None:
+        from vcore_train.config_file import read_options
+
+        context.default_map = read_options(value, get_type_hints(train))
+    return value
 
 
 @app.command()
@@ -73,6 +90,15 @@ def train(
             help="A .jsonl, .json, .csv or .parquet file, a dataset folder, or a hub name[:config]."
         ),
     ],
+    config: Annotated[
+        Path | None,
+        option(
+            "YAML or JSON file of these options (data: too), as --out has it in config.yaml; the "
+            "command line wins. Paths in it are relative to the working directory.",
+            is_eager=True,
+            callback=options_of_file,
+        ),
+    ] = None,
     method: Annotated[Method, option("Objective.")] = "vcore",
     out: Annotated[Path, option("Folder for the model, metrics and plots.")] = Path("vcore-out"),
     resume: Annotated[
@@ -115,7 +141,7 @@ def train(
             "Pretrained model: path or name. Without it, a small one from scratch.", panel=MODEL
         ),
     ] = None,
-    config: Annotated[
+    model_config: Annotated[
         str | None,
         option("JSON configuration (with model_type) of a model from scratch.", panel=MODEL),
     ] = None,
@@ -259,7 +285,7 @@ def train(
     # training
     steps: Annotated[int | None, option("Optimizer steps; instead of --epochs.", panel=RUN)] = None,
     epochs: Annotated[float | None, option("Passes over the data.", default="1", panel=RUN)] = None,
-    batch_size: Annotated[int, option("Rows in a micro-batch.", panel=RUN)] = 8,
+    batch_size: Annotated[int, option("Rows in a micro-batch of one process.", panel=RUN)] = 8,
     accumulation: Annotated[int, option("Micro-batches in an optimizer step.", panel=RUN)] = 1,
     lr: Annotated[
         float | None,
@@ -273,6 +299,17 @@ def train(
     bf16: Bf16 = False,
     checkpointing: Checkpointing = False,
     cpu: Cpu = False,
+    fsdp: Annotated[
+        Sharding | None,
+        option(
+            "Shard the model over the processes (FSDP2): everything, or all but the weights "
+            "between forward and backward.",
+            panel=RUN,
+        ),
+    ] = None,
+    fsdp_config: Annotated[
+        str | None, option("JSON file of more fsdp_config of transformers.", panel=RUN)
+    ] = None,
     seed: Annotated[int, option("Of weights, data order and probes.", panel=RUN)] = 42,
     save_every: Annotated[
         int, option("Steps between checkpoints; the last step has one too.", panel=RUN)
@@ -283,13 +320,25 @@ def train(
         option("Steps between lines of metrics.jsonl.", default="about 200 lines", panel=RUN),
     ] = None,
 ) -> None:
-    """Train a model on prompts and responses; see --method for the objective."""
-    check_train(dict(locals()))
+    """Train a model on prompts and responses; see --method for the objective.
+
+    In several processes too, with torchrun or accelerate launch; --batch-size is of one process.
+    """
+    given = dict(locals())
+    check_train(given)
     quiet_other_libraries()
     import torch
 
+    from vcore_train.config_file import written_options
+    from vcore_train.launch import leave
     from vcore_train.models import Size
-    from vcore_train.training import DataOptions, LoraOptions, ModelOptions, TrainOptions
+    from vcore_train.training import (
+        DataOptions,
+        LoraOptions,
+        ModelOptions,
+        TrainOptions,
+        sharding_arguments,
+    )
     from vcore_train.training import train as run
 
     sizes = {
@@ -346,6 +395,7 @@ def train(
         "bf16": bf16,
         "gradient_checkpointing": checkpointing,
         "use_cpu": cpu or not torch.accelerator.is_available(),
+        **sharding_arguments(fsdp, fsdp_config),
         "seed": seed,
         "save_strategy": "steps",
         "save_steps": save_every,
@@ -377,7 +427,7 @@ def train(
         ),
         model=ModelOptions(
             model=model,
-            config=config,
+            config=model_config,
             size=Size(**size),
             tokenizer=tokenizer,
             vocab_size=4096 if vocab_size is None else vocab_size,
@@ -388,11 +438,13 @@ def train(
         lora=LoraOptions(**adapters) if lora else None,
         resume=resume,
         overwrite=overwrite,
+        record=written_options(given),
     )
     try:
         summary = run(options, console)
     except ValueError as error:
         raise ValueError(in_options(str(error))) from error
+    leave()
     if summary.interrupted:
         raise typer.Exit(130)
 

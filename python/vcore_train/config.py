@@ -1,6 +1,7 @@
 """The options of token-weighted training: for any trainer, and those of VcoreTrainer."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import TrainingArguments
@@ -319,11 +320,27 @@ def with_vcore_options(args: TrainingArguments, **options: Any) -> Any:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise TypeError(f"with_vcore_options: unknown option {unknown[0]!r}.")
-    kind = make_dataclass(f"Vcore{type(args).__name__}", [], bases=(VcoreOptions, type(args)))
-    copy = object.__new__(kind)
-    vars(copy).update(known | vars(args) | options)
+    copy = _with_options(type(args), known | vars(args) | options)
     copy._check_options()
     return copy
+
+
+def _with_options(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
+    """Arguments of ``kind`` and :class:`VcoreOptions` that hold ``values``."""
+    arguments = object.__new__(_kind_with_options(kind))
+    vars(arguments).update(values)
+    return arguments
+
+
+@cache
+def _kind_with_options(kind: type[TrainingArguments]) -> type:
+    def reduce(self: Any) -> tuple:  # a class made here is found by no name: checkpoints keep args
+        return _with_options, (kind, dict(vars(self)))
+
+    if issubclass(kind, VcoreOptions):
+        return kind
+    name, bases = f"Vcore{kind.__name__}", (VcoreOptions, kind)
+    return make_dataclass(name, [], bases=bases, namespace={"__reduce__": reduce})
 
 
 @dataclass

@@ -7,7 +7,9 @@ import warnings
 
 from rich.console import Console
 
-console = Console(highlight=False)
+from vcore_train.launch import is_main
+
+console = Console(highlight=False, quiet=not is_main())  # of several processes one writes
 errors = Console(stderr=True, highlight=False)
 
 
@@ -17,6 +19,7 @@ def quiet_other_libraries() -> None:
     For commands only: a library must not change its caller's logging.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when PyTorch is imported
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -28,4 +31,8 @@ def quiet_other_libraries() -> None:
         datasets.utils.logging.set_verbosity_error()
     for name in ("accelerate", "huggingface_hub", "matplotlib", "peft", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not is_main():  # the main process says the same
+        for name in ("vcore_kernels", "vcore_train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
     warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|peft|datasets)\b")

@@ -24,7 +24,9 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 def local(tensor: Tensor) -> Tensor:
     """What of ``tensor`` is here: the shard of a DTensor, in its own storage."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.detach().to_local()  # type: ignore[attr-defined]
+    return tensor
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
@@ -75,8 +77,8 @@ def check_finite(direction: Mapping[str, Tensor]) -> dict[str, float]:
     values = _over_shards(stacked, tensors, dist.ReduceOp.MAX).tolist()
     if all(map(math.isfinite, values)):
         return dict(zip(direction, values, strict=True))
-    counts = torch.stack([(~local(g).isfinite()).sum().to(stacked.device) for g in tensors])
-    counts = _over_shards(counts, tensors, dist.ReduceOp.SUM).tolist()
+    bad_here = torch.stack([(~local(g).isfinite()).sum().to(stacked.device) for g in tensors])
+    counts = _over_shards(bad_here, tensors, dist.ReduceOp.SUM).tolist()
     bad = [f"{name} ({count})" for name, count in zip(direction, counts, strict=True) if count]
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     raise NonFiniteDirectionError(

@@ -7,6 +7,7 @@ name (float64 for float64 parameters).
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from vcore_train.direction_tensors import Direction, check_finite, clip_directio
 from vcore_train.head_check import verify_head
 from vcore_train.modeling import (
     IGNORE_INDEX,
+    Head,
     causal_lm,
     check_packing,
     head_of,
@@ -257,7 +259,7 @@ def uniform_gradient(
             take = sharded_gradients if sharded else _gradients
             gradients = take(
                 model,
-                lambda batch=batch: token_nll(model, batch, head=head, backend=backend).sum(),
+                partial(_total_nll, model, batch, head, backend),
                 list(leaves.values()),
             )
         for name, gradient in zip(leaves, gradients, strict=True):
@@ -277,6 +279,10 @@ def uniform_gradient(
         )
     torch._foreach_div_(list(total.values()), tokens if num_items is None else num_items)
     return total
+
+
+def _total_nll(model: nn.Module, batch: Batch, head: Head | None, backend: str) -> Tensor:
+    return token_nll(model, batch, head=head, backend=backend).sum()
 
 
 def _gradients(

@@ -93,12 +93,12 @@ class VcoreMixin(_Trainer):
     args: VcoreOptions
 
     def __init__(self, *args: Any, **kwargs: Any):
-        if kwargs.get("compute_loss_func") is not None:
+        super().__init__(*args, **kwargs)
+        if callable(getattr(self, "compute_loss_func", None)):
             raise ValueError(
                 f"{type(self).__name__}: compute_loss_func would replace the objective. Drop it, "
                 "or use transformers.Trainer."
             )
-        super().__init__(*args, **kwargs)
         if not isinstance(self.args, VcoreOptions):
             raise TypeError(
                 f"{type(self).__name__}: args must have VcoreOptions, got "
@@ -173,7 +173,7 @@ class VcoreMixin(_Trainer):
 
     def _probe_sampler(self) -> ProbeSampler | None:
         """None where the direction needs no probe batch but in the beginning."""
-        args, dataset = self.args, self.train_dataset
+        args, dataset = self.args, cast(Any, self.train_dataset)
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             if args.direction in ("probe", "ema"):
                 raise ValueError(
@@ -281,15 +281,15 @@ class VcoreMixin(_Trainer):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        if return_outputs:
-            if model.training:
-                raise ValueError(
-                    f"{type(self).__name__}: compute_loss has no outputs to return in training, "
-                    "where no logits are formed. Call it with return_outputs=False, or put the "
-                    "model into eval mode."
-                )
+        if not model.training:  # evaluation is the trainer's own
             return super().compute_loss(
-                model, model_inputs(inputs), True, num_items_in_batch, **kwargs
+                model, model_inputs(inputs), return_outputs, num_items_in_batch, **kwargs
+            )
+        if return_outputs:
+            raise ValueError(
+                f"{type(self).__name__}: compute_loss has no outputs to return in training, where "
+                "no logits are formed. Call it with return_outputs=False, or put the model into "
+                "eval mode."
             )
         unwrapped = self._unwrapped(model)
         labels = supervised_labels(inputs)

@@ -130,10 +130,11 @@ def check_train(options: Mapping[str, Any]) -> None:
     _excludes(options, "tau", ("kl_scope",), "there is no budget")
     _excludes(options, "temperature", ("kl_scope",), "there is no budget")
     size = ("layers", "hidden", "heads", "kv_heads", "intermediate", "window")
-    _excludes(options, "model", ("config", *size), "the size is given by --model already")
-    _excludes(options, "config", size, "the size is given by --config already")
+    _excludes(options, "model", ("model_config", *size), "the size is given by --model already")
+    _excludes(options, "model_config", size, "the size is given by --model-config already")
     _excludes(options, "model", ("vocab_size",), "the model has a tokenizer")
     _excludes(options, "tokenizer", ("vocab_size",), "no tokenizer is trained")
+    _needs(options, ("fsdp_config",), options["fsdp"], "--fsdp")
 
 
 def check_gvm(options: Mapping[str, Any]) -> None:

@@ -98,7 +98,7 @@ def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[s
             "parameters are. Make the direction with descent_direction after fully_shard."
         )
     alone = head_alone(model)
-    if alone in direction and isinstance(parameters[alone], DTensor):
+    if alone is not None and alone in direction and isinstance(parameters[alone], DTensor):
         raise ValueError(
             f"token_utilities: {alone} is tied to the embeddings, and of a sharded model the "
             "head's use alone cannot be probed. Choose other parameters."

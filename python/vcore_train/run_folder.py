@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from vcore_train.checkpoint import STAGING, recover
+from vcore_train.config_file import RECORD
 
 METRICS, PLOTS, SUMMARY, ROLLOUTS = "metrics.jsonl", "plots", "summary.json", "rollouts"
 # What save_model leaves: weights, adapters, configurations, tokenizer.
@@ -113,11 +114,20 @@ def _is_checkpoint(path: Path) -> bool:
     return re.fullmatch(r"checkpoint-\d+", path.name) is not None
 
 
-class ClearFolder(TrainerCallback):
-    """Replaces an earlier run once everything is ready for the first step."""
+class BeginRun(TrainerCallback):
+    """Takes over the folder once everything is ready for the first step: in the main process.
 
-    def __init__(self, out: Path):
-        self.out = out
+    ``overwrite``: removes an earlier run. ``record``: the text of the run's own options file.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool, record: str | None):
+        self.out, self.overwrite, self.record = out, overwrite, record
 
     def on_train_begin(self, args, state, control, **kwargs):
-        clear(self.out)
+        if not state.is_world_process_zero:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.overwrite:
+            clear(self.out)
+        if self.record is not None:
+            (self.out / RECORD).write_text(self.record, encoding="utf-8")

@@ -126,7 +126,7 @@ class RunLog(TrainerCallback):
         return [row["step"] for row in rows], [row[name] for row in rows]
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.quiet:
             return
         self._progress = Progress(
             TextColumn("[bold]{task.description:<9}"),

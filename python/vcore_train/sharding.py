@@ -59,7 +59,7 @@ def within_forward(wrapper: nn.Module, model: nn.Module, function: Callable[[], 
     root = wrapper if wrapper is not model else _root(model)
     if root is None:
         return function()
-    inner = model if wrapper is not model else root
+    inner: nn.Module = model if wrapper is not model else root
     own = vars(inner).get("forward")
     results: list[Result] = []
 
@@ -87,15 +87,16 @@ def _put_forward(module: nn.Module, own: Any) -> None:
         module.forward = own
 
 
-def _root(model: nn.Module) -> FSDPModule | None:
+def _root(model: nn.Module) -> nn.Module | None:
     """The FSDP module around decoder and head, which has to run first; None if nothing is sharded.
 
     Raises ValueError where only parts of the model are.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if causal_lm(model) in set(module.modules()):  # type: ignore[attr-defined]
-                return module
+            root: Any = module
+            if causal_lm(model) in set(root.modules()):
+                return root
             raise ValueError(
                 f"parts of {type(model).__name__} are sharded by FSDP2, and the model itself is "
                 "not. Call fully_shard(model) after its parts."
@@ -126,8 +127,8 @@ def sharded_gradients(
         for g in groups:
             g.reduce_grads = g.all_reduce_grads = True
         within_forward(model, model, loss_of).backward()
-        size = math.prod(processes.count for processes in sharing_processes(model))
-        size = groups[0].gradient_divide_factor or size
+        ranks = math.prod(processes.count for processes in sharing_processes(model))
+        size = groups[0].gradient_divide_factor or ranks
         return [None if leaf.grad is None else leaf.grad * size for leaf in leaves]
     finally:
         for p, grad in zip(parameters, before, strict=True):

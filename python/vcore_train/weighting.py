@@ -27,7 +27,7 @@ def weigh(
     tokens: SupervisedTokens,
     nll: Sequence[Tensor],
     utility: Sequence[Tensor],
-    processes: Processes,
+    processes: Processes | None = None,
 ) -> StepWeights:
     """Gibbs weights of every trajectory of the step, and one alpha for all of them.
 
@@ -36,7 +36,7 @@ def weigh(
     all (8 bytes a token), and comes to the same result.
     """
     values = torch.stack([tokens.packed(nll), tokens.packed(utility)], -1)  # [N, 2]
-    values, cu_seqlens, own = _of_all(tokens, values, processes)
+    values, cu_seqlens, own = _of_all(tokens, values, processes or Processes())
     nll_of_all, utility_of_all = values.unbind(-1)
     mode = args.variance_control
     if mode == "trajectory" and cu_seqlens.numel() < 3:

@@ -168,8 +168,8 @@ def test_configuration_file_packing_and_accumulation(problems, tmp_path):
             }
         )
     )
-    command = ["train", problems, "--config", config, "--steps", 2, "--batch-size", 2, "--cpu"]
-    options = ["--packing", "--accumulation", 2, "--vocab-size", 300, "--bf16"]
+    command = ["train", problems, "--model-config", config, "--steps", 2, "--batch-size", 2]
+    options = ["--cpu", "--packing", "--accumulation", 2, "--vocab-size", 300, "--bf16"]
     assert vcore(*command, *options, "--out", tmp_path / "out") == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "llama"
 
@@ -198,7 +198,7 @@ def test_gsm8k(tmp_path):
         (["--max-length", "2000"], "more than the model's window, 256"),
         (["--hidden", "33"], "--hidden 33 is not an even multiple"),
         (["--lora"], "pass --model"),
-        (["--config", "none.json"], "none.json"),
+        (["--model-config", "none.json"], "none.json"),
         (["--resume"], "no checkpoint-* folder"),
         (["--dtype", "bfloat16"], "--dtype means nothing without --model"),
         (["--lora-rank", "2", "--lora-alpha", "4"], "--lora-rank, --lora-alpha mean nothing"),
@@ -234,7 +234,7 @@ def test_gsm8k(tmp_path):
 )
 def test_mistakes_get_one_line_and_exit_code_1(problems, tmp_path, capsys, options, message):
     out = tmp_path / "out"
-    size = [] if "--config" in options else QUICK
+    size = [] if "--model-config" in options else QUICK
     assert vcore("train", problems, "--out", out, *size, *options) == 1
     error = capsys.readouterr().err
     assert error.startswith("vcore: ")
@@ -248,7 +248,7 @@ def test_mistakes_get_one_line_and_exit_code_1(problems, tmp_path, capsys, optio
 @pytest.mark.parametrize(
     ("choices", "allowed"),
     [
-        (commands.Method, config.METHODS),
+        (commands.Method, ("sft", "random", "dft", "iw_sft", "vcore")),
         (commands.Direction, config.DIRECTIONS),
         (commands.UtilityMethod, config.UTILITY_METHODS),
         (commands.VarianceControl, config.VARIANCE_CONTROLS),
@@ -354,7 +354,7 @@ def test_overwrite_removes_the_old_model_before_the_first_step(problems, tmp_pat
 
     monkeypatch.setattr(run_log.RunLog, "on_step_begin", stop)
     assert vcore(*command, "--overwrite") == 1
-    assert seen == []
+    assert seen == ["config.yaml"]
 
 
 def test_resuming_a_finished_run_trains_nothing(problems, tmp_path, capsys):

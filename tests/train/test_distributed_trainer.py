@@ -1,5 +1,9 @@
 """VcoreTrainer under DDP and FSDP2 against one process: the same losses, figures, parameters."""
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -110,3 +114,75 @@ def test_every_option_is_that_of_one_process(tmp_path, name, sharding):
     # Differences of losses amplify the rounding of passes, which sum in another order.
     rtol = 1e-4 if name == "central" else 1e-5
     same(run(2, "full", tmp_path / "n", several), expected, rtol)
+
+
+# ---- checkpoints ----
+
+KEPT = {**OPTIONS, "direction": "ema", "every": 2, "save_strategy": "steps", "save_steps": 3}
+# Six steps of which the checkpoint is in the middle; the direction is kept over it.
+WHOLE = {**KEPT, "max_steps": 6, "save_only_model": False}
+
+
+def test_a_sharded_checkpoint_goes_on_with_any_number_of_ranks(tmp_path):
+    folder = tmp_path / "run"
+    expected = alone("full", tmp_path / "alone", {**WHOLE, "save_strategy": "no"})
+    run(2, "full", folder, {**WHOLE, **FSDP, "max_steps": 3})
+    checkpoint = folder / "checkpoint-3"
+    state = json.loads((checkpoint / "vcore_state.json").read_text())
+    assert state["sharded"].keys() == {n for n in state["order"] if n.startswith("direction/")}
+    for ranks in (4, 1):
+        resumed = run(
+            ranks, "full", tmp_path / f"on{ranks}", {**WHOLE, **FSDP}, resume=str(checkpoint)
+        )
+        same(resumed, expected)
+
+
+def test_a_checkpoint_of_ddp_goes_on_with_any_number_of_ranks(tmp_path):
+    folder = tmp_path / "run"
+    expected = alone("lora", tmp_path / "alone", {**WHOLE, "save_strategy": "no"})
+    run(2, "lora", folder, {**WHOLE, "max_steps": 3})
+    checkpoint = folder / "checkpoint-3"
+    assert not list(checkpoint.glob("vcore_state_*"))
+    same(run(4, "lora", tmp_path / "on4", WHOLE, resume=str(checkpoint)), expected)
+    same(alone("lora", tmp_path / "on1", WHOLE, resume=str(checkpoint)), expected)
+
+
+KILLED = """
+import os, signal, sys
+import torch.distributed as dist
+import vcore_train.mixin as mixin
+from test_distributed_trainer import FSDP, WHOLE, _train_with
+
+real, calls = mixin.token_utilities_and_nll, []
+
+def utilities(*args, **options):
+    calls.append(1)
+    if len(calls) == 5 and dist.get_rank() == 1:  # in the probe of the fifth step
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **options)
+
+if __name__ == "__main__":
+    mixin.token_utilities_and_nll = utilities
+    _train_with("full", sys.argv[1], {**WHOLE, **FSDP, "ddp_timeout": 30}, 4, None, None)
+"""
+
+
+def test_a_rank_killed_in_a_probe_ends_the_job(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "run")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    assert sorted((tmp_path / "run").glob("checkpoint-*")) == [checkpoint]
+    expected = alone("full", tmp_path / "alone", {**WHOLE, "save_strategy": "no"})
+    options = {**WHOLE, **FSDP}
+    same(run(2, "full", tmp_path / "again", options, resume=str(checkpoint)), expected)

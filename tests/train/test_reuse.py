@@ -327,7 +327,7 @@ def test_fallback_takes_one_forward_pass(tmp_path, monkeypatch, where):
     else:
         weigh = trainer_module.weigh
 
-        def spoilt(args, tokens, nll, utility):
+        def spoilt(args, tokens, nll, utility, processes):
             return weigh(args, tokens, nll, [u * float("nan") for u in utility])
 
         monkeypatch.setattr(trainer_module, "weigh", spoilt)

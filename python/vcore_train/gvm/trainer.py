@@ -580,9 +580,10 @@ class GvmTrainer(BaseTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        save_state(Path(output_dir), "", {}, {"policy": self._policy})
+        state = {"policy": self._policy}
+        save_state(Path(output_dir), {}, state, main_process=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        loaded = None if checkpoint is None else load_state(Path(checkpoint), "")
+        loaded = None if checkpoint is None else load_state(Path(checkpoint))
         self._policy = None if loaded is None else loaded[1].get("policy")
