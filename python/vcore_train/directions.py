@@ -237,11 +237,8 @@ def uniform_gradient(
             )
         leaves[alone] = parameters[alone].detach().requires_grad_()
         head = replace(head_of(model), weight=leaves[alone])
-    total = {
-        name: torch.zeros_like(p, dtype=wide(p), requires_grad=False)
-        for name, p in parameters.items()
-    }
     sharded = is_sharded(model)
+    total: Direction = {}
     tokens = seen = 0
     for batch in [batches] if isinstance(batches, Mapping) else batches:
         seen += 1
@@ -263,8 +260,16 @@ def uniform_gradient(
                 list(leaves.values()),
             )
         for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
+            if gradient is None:
+                continue
+            if name in total:
                 total[name] += gradient
+            else:  # FSDP's own are nobody else's
+                total[name] = gradient.to(wide(gradient), copy=not sharded)
+    total = {
+        name: total[name] if name in total else torch.zeros_like(p, dtype=wide(p)).detach()
+        for name, p in parameters.items()
+    }
     counts = torch.tensor([tokens, seen], device=next(model.parameters()).device)
     for group in sharing_processes(model) if sharded else [processes or Processes()]:
         counts = group.sum(counts)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.activations import GELUTanh, SiLUActivation
 
 from vcore_train import dual_ops
+from vcore_train.sharding import gathered, unit_modules
 
 __all__ = ["dual_layers"]
 
@@ -42,6 +43,12 @@ def dual_layers(model: nn.Module) -> Iterator[None]:
     """
     replaced = []
     counts: Counter[str] = Counter()
+    for unit, modules in unit_modules(model):
+        if any((kind := _kind(m)) and not _is_known(m) and not _is_touched(m) for m in modules):
+            with gathered(unit, modules):  # they are verified with their weights
+                for module in modules:
+                    if kind := _kind(module):
+                        _replacement(module, kind)
     try:
         for module in model.modules():
             kind = _kind(module)
@@ -104,13 +111,19 @@ def _kind(module: nn.Module) -> _Kind | None:
 def _replacement(module: nn.Module, kind: _Kind) -> Callable[..., Any] | None:
     if any(_is_touched(m) for m in module.modules()):
         return None
-    # A class may be given another forward, too.
-    compared = type(module).forward, getattr(module, "act_fn", None)
-    known = _verified.get(module)
-    if known is None or known[0] != compared:
-        known = _verified[module] = compared, _verify(module, kind)
-    facts = known[1]
+    if not _is_known(module):
+        _verified[module] = _compared(module), _verify(module, kind)
+    facts = _verified[module][1]
     return None if facts is None else partial(_forward, module, kind, facts)
+
+
+def _compared(module: nn.Module) -> tuple:
+    # A class may be given another forward, too.
+    return type(module).forward, getattr(module, "act_fn", None)
+
+
+def _is_known(module: nn.Module) -> bool:
+    return module in _verified and _verified[module][0] == _compared(module)
 
 
 def _verify(module: nn.Module, kind: _Kind) -> Any:

@@ -8,7 +8,7 @@ callers do not ask.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,6 +46,35 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def unit_modules(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """The units of FSDP, each with the modules whose parameters it holds."""
+    units: dict[nn.Module, list[nn.Module]] = {}
+
+    def walk(module: nn.Module, unit: nn.Module | None) -> None:
+        unit = module if isinstance(module, FSDPModule) else unit
+        if unit is not None:
+            units.setdefault(unit, []).append(module)
+        for child in module.children():
+            walk(child, unit)
+
+    walk(model, None)
+    yield from units.items()
+
+
+@contextmanager
+def gathered(unit: Any, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the parameters of ``unit``, which ``modules`` hold, are whole."""
+    own = [p for m in modules for p in m._parameters.values()]
+    sharded = any(isinstance(p, DTensor) for p in own)
+    if sharded:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            unit.reshard()
 
 
 def within_forward(wrapper: nn.Module, model: nn.Module, function: Callable[[], Result]) -> Result:
@@ -129,7 +158,9 @@ def sharded_gradients(
         within_forward(model, model, loss_of).backward()
         ranks = math.prod(processes.count for processes in sharing_processes(model))
         size = groups[0].gradient_divide_factor or ranks
-        return [None if leaf.grad is None else leaf.grad * size for leaf in leaves]
+        gradients = [leaf.grad for leaf in leaves]
+        torch._foreach_mul_([g for g in gradients if g is not None], size)
+        return gradients
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad
@@ -164,11 +195,15 @@ def duals_in_places(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tangents = {parameters[name]: tangent for name, tangent in direction.items()}
     units: dict[nn.Module | None, list[_Place]] = {}
-    for unit, place in _places(model, None):
-        if place.parameter in tangents:
-            units.setdefault(unit, []).append(place)
+    in_units: set[nn.Module] = set()
+    for unit, modules in unit_modules(model):
+        units[unit] = _places(modules, tangents)
+        in_units.update(modules)
+    units[None] = _places([m for m in model.modules() if m not in in_units], tangents)
     with ExitStack() as stack:
         for unit, places in units.items():
+            if not places:
+                continue
             if unit is None or unit is root or unit is head:
                 stack.enter_context(_swapped(places, tangents, graph))
             else:
@@ -176,15 +211,13 @@ def duals_in_places(
         yield
 
 
-def _places(module: nn.Module, unit: nn.Module | None) -> Iterator[tuple[nn.Module | None, _Place]]:
-    """Every place of a parameter with the unit of FSDP that it belongs to."""
-    unit = module if isinstance(module, FSDPModule) else unit
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield unit, _Place(module, name, parameter)
-    for child in module._modules.values():
-        if child is not None:
-            yield from _places(child, unit)
+def _places(modules: Iterable[nn.Module], tangents: Mapping[nn.Parameter, Tensor]) -> list[_Place]:
+    return [
+        _Place(module, name, parameter)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter in tangents
+    ]
 
 
 def _swap_in_forward(stack, unit, places, tangents, graph) -> None:
