@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import torch
 import torch.utils.checkpoint
@@ -25,11 +24,16 @@ from vcore_kernels import linear_nll
 
 IGNORE_INDEX = -100
 # Keys of a batch that are for the loss or set here, never for the decoder.
-_NOT_FOR_DECODER = frozenset({"labels", "num_items_in_batch", "use_cache", "return_dict"})
+_NOT_FOR_DECODER = frozenset(
+    {"labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict"}
+)
+# Begins the attention implementation of a model in vcore_train.context_parallel; what follows is
+# the implementation that works on the gathered sequence.
+CONTEXT_PARALLEL = "vcore_ulysses:"
 
 # Where architectures keep the factor on their logits: (config attribute, model types, factor from
 # value). One name does not mean one thing: Granite divides by logits_scaling, HyperCLOVA X
-# multiplies by it, MPT's logit_scale is not used at all. :func:`verify_head` catches what this
+# multiplies by it, MPT's logit_scale is not used at all. ``head_check`` catches what this
 # table does not know.
 _LOGIT_SCALES = (
     ("logit_scale", ("cohere",), lambda value: value),
@@ -142,7 +146,7 @@ def hidden_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """
     kwargs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_DECODER}
     if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("position_ids") is None:
-        kwargs["position_ids"] = _packed_positions(kwargs["cu_seq_lens_q"], kwargs["input_ids"])
+        kwargs["position_ids"] = packed_positions(kwargs["cu_seq_lens_q"], kwargs["input_ids"])
     hidden = decoder_of(model)(**kwargs, use_cache=False, return_dict=True).last_hidden_state
     columns = [hidden]
     for layer, adapter in _head_adapters(model):
@@ -227,27 +231,47 @@ def token_nll(
 ) -> Tensor:
     """Negative log-likelihood of every label in nats, fp32, aligned with ``inputs["labels"]``.
 
-    0 where not supervised, at t = 0 and at the first token of each packed segment. The logits are
-    never stored. Differentiable in both modes. ``head`` stands in for the model's own.
+    0 where not supervised, at t = 0 and at the first token of each packed segment. Of a batch with
+    ``shift_labels`` (:func:`label_shift`) it is aligned with these. The logits are never stored.
+    Differentiable in both modes. ``head`` stands in for the model's own.
     """
+    hidden = hidden_states(model, inputs)
+    # After the decoder, also in the order of backward: FSDP reduces the gradients of a head that it
+    # gathers with the final norm once the norm's backward is done.
     head = head_of(model) if head is None else head
     return linear_nll(
-        hidden_states(model, inputs),
+        hidden,
         head.weight,
         supervised_labels(inputs),
-        shift=1,
+        shift=label_shift(inputs),
         ignore_index=IGNORE_INDEX,
         backend=backend,
         **head.options(),
     )
 
 
+def label_shift(inputs: Mapping[str, Any]) -> int:
+    """How many tokens before a label's place the one stands that predicts it: 1.
+
+    0 where the batch has ``shift_labels`` instead of ``labels``, each at the token that predicts
+    it, as :func:`vcore_train.context_parallel.shard_batch` makes them.
+    """
+    return 0 if _has_shift_labels(inputs) else 1
+
+
+def _has_shift_labels(inputs: Mapping[str, Any]) -> bool:
+    return inputs.get("labels") is None and inputs.get("shift_labels") is not None
+
+
 def supervised_labels(inputs: Mapping[str, Any]) -> Tensor:
     """``inputs["labels"]`` [B, T] with -100 at every token that nothing precedes.
 
     These are t = 0 of each row and, in a packed batch, the first token of each segment. The number
-    of supervised tokens is what is left. Raises ValueError where the batch has no labels.
+    of supervised tokens is what is left. Of a batch with ``shift_labels`` (:func:`label_shift`) it
+    is these, which have nothing of the kind. Raises ValueError where the batch has neither.
     """
+    if _has_shift_labels(inputs):
+        return inputs["shift_labels"]
     if inputs.get("labels") is None:
         raise ValueError(
             f"the batch has no labels (keys: {', '.join(sorted(inputs))}). Add `labels`, int64, "
@@ -260,12 +284,16 @@ def segment_starts(inputs: Mapping[str, Any]) -> Tensor:
     """Bool, shaped like ``inputs["labels"]`` [B, T]: True at the first token of each trajectory.
 
     That is t = 0 of each row; in a packed batch also each of ``cu_seq_lens_q`` or, without it and
-    without an attention mask, each jump of ``position_ids``.
+    without an attention mask, each jump of ``position_ids``. Of a part of a batch, which has
+    ``shift_labels``, it is the first token of each trajectory or of what the part has of it.
     """
-    starts = torch.zeros_like(inputs["labels"], dtype=torch.bool)
+    part = _has_shift_labels(inputs)
+    starts = torch.zeros_like(inputs["shift_labels" if part else "labels"], dtype=torch.bool)
     starts[..., 0] = True
     boundaries, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
-    if boundaries is not None:
+    if part and boundaries is not None:  # these are of the whole batch
+        starts[..., 1:] |= inputs["position_ids"].diff() != 1
+    elif boundaries is not None:
         inner = boundaries[:-1].to(starts.device, torch.int64)
         starts.view(-1)[inner[inner < starts.numel()]] = True
     elif positions is not None and inputs.get("attention_mask") is None and positions.dim() == 2:
@@ -281,7 +309,7 @@ def check_packing(inputs: Mapping[str, Any]) -> None:
     would cut one of them in two, or join two.
     """
     boundaries, positions = inputs.get("cu_seq_lens_q"), inputs.get("position_ids")
-    if boundaries is None:
+    if boundaries is None or _has_shift_labels(inputs):  # shard_batch has looked at the whole
         return
     labels = supervised_labels(inputs).flatten()
     boundaries = boundaries.to(labels.device, torch.int64)
@@ -356,56 +384,6 @@ def probing(
         yield
 
 
-_verified: WeakSet[nn.Module] = WeakSet()
-
-
-def verify_head(model: nn.Module) -> None:
-    """Compares this module's picture of ``model`` with the model's own logits, once per model.
-
-    An architecture may scale its logits, or transform its hidden states, in a way that
-    :func:`head_of` does not know. Silently wrong losses would follow, so they are compared on four
-    tokens.
-
-    Raises:
-        ValueError: they differ, with by how much; or the model's own are not finite.
-    """
-    if model in _verified:
-        return
-    lm, head = causal_lm(model), head_of(model)
-    vocabulary = lm.config.get_text_config().vocab_size
-    input_ids = (torch.arange(4, device=head.weight.device) % vocabulary)[None]
-    attention = "eager" if lm._can_set_attn_implementation() else None
-    with torch.no_grad(), probing(model, attention=attention):
-        expected = lm(input_ids=input_ids, use_cache=False).logits.float()
-        hidden = hidden_states(model, {"input_ids": input_ids}).to(head.weight.dtype)
-        logits = head.scale * nn.functional.linear(hidden, head.weight, head.bias).float()
-    if not expected.isfinite().all():
-        raise ValueError(
-            f"{type(lm).__name__} gives NaN or infinite logits for the first four tokens of its "
-            "vocabulary. Its weights are not finite (load an earlier checkpoint), or they overflow "
-            f"in {head.weight.dtype}."
-        )
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    agree = expected.shape == logits.shape
-    error = (
-        float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-        if agree
-        else None
-    )
-    if error is None or not error < 0.05:
-        what = (
-            f"relative difference {error:.3g}" if agree else f"{logits.shape} and {expected.shape}"
-        )
-        raise ValueError(
-            f"{type(lm).__name__} does not form its logits as softcap(scale * (hidden @ weight.T + "
-            f"bias)) with scale={head.scale}, softcap={head.softcap} from its configuration "
-            f"({what}). This architecture is not supported; its rule belongs in "
-            "vcore_train/modeling.py."
-        )
-    _verified.add(model)
-
-
 def _head_adapters(model: nn.Module) -> Iterator[tuple[LoraLinear, str]]:
     """The active LoRA adapters on the head, as (layer, adapter name)."""
     layer = causal_lm(model).get_output_embeddings()
@@ -444,7 +422,7 @@ def _scale(config: Any) -> float:
     return 1.0
 
 
-def _packed_positions(boundaries: Tensor, input_ids: Tensor) -> Tensor:
+def packed_positions(boundaries: Tensor, input_ids: Tensor) -> Tensor:
     """Positions [B, T] that restart at each boundary of the flattened batch."""
     boundaries = boundaries.to(input_ids.device, torch.int64)
     index = torch.arange(input_ids.numel(), device=input_ids.device)
@@ -452,10 +430,8 @@ def _packed_positions(boundaries: Tensor, input_ids: Tensor) -> Tensor:
     return (index - boundaries[segment]).view(input_ids.shape)
 
 
-@contextmanager
-def _restored_configs(lm: PreTrainedModel) -> Iterator[None]:
-    """Puts attention and experts implementations of every configuration in ``lm`` back."""
-    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+def configs_of(lm: PreTrainedModel) -> list[Any]:
+    """Every configuration in ``lm``, those of its parts too, each once."""
     configs: dict[int, Any] = {}
     pending: list[Any] = [m.config for m in lm.modules() if isinstance(m, PreTrainedModel)]
     while pending:
@@ -463,7 +439,15 @@ def _restored_configs(lm: PreTrainedModel) -> Iterator[None]:
         if config is not None and id(config) not in configs:
             configs[id(config)] = config
             pending += [getattr(config, key, None) for key in config.sub_configs]
-    saved = [(vars(c), {n: vars(c)[n] for n in names if n in vars(c)}) for c in configs.values()]
+    return list(configs.values())
+
+
+@contextmanager
+def _restored_configs(lm: PreTrainedModel) -> Iterator[None]:
+    """Puts attention and experts implementations of every configuration in ``lm`` back."""
+    names = ("_attn_implementation_internal", "_experts_implementation_internal")
+    configs = configs_of(lm)
+    saved = [(vars(c), {n: vars(c)[n] for n in names if n in vars(c)}) for c in configs]
     try:
         yield
     finally:
@@ -475,6 +459,8 @@ def _restored_configs(lm: PreTrainedModel) -> Iterator[None]:
 
 def _switch_attention(lm: PreTrainedModel, attention: str) -> None:
     decoder = lm.get_decoder()
+    if str(lm.config._attn_implementation).startswith(CONTEXT_PARALLEL):
+        attention = CONTEXT_PARALLEL + attention
     if lm.config._attn_implementation != attention:
         if not lm._can_set_attn_implementation():
             raise ValueError(

@@ -196,8 +196,8 @@ def duals_in_places(
     tangents = {parameters[name]: tangent for name, tangent in direction.items()}
     units: dict[nn.Module | None, list[_Place]] = {}
     in_units: set[nn.Module] = set()
-    for unit, modules in unit_modules(model):
-        units[unit] = _places(modules, tangents)
+    for its_unit, modules in unit_modules(model):
+        units[its_unit] = _places(modules, tangents)
         in_units.update(modules)
     units[None] = _places([m for m in model.modules() if m not in in_units], tangents)
     with ExitStack() as stack:
