@@ -59,8 +59,12 @@ def head_rows(
     options: HeadOptions,
     shift: int,
     debug: bool,
+    vocabulary: int | Tensor | None = None,
 ) -> HeadRows:
-    """Checks shapes and dtypes, flattens to rows, moves the targets of ``shift=1`` to theirs."""
+    """Checks shapes and dtypes, flattens to rows, moves the targets of ``shift=1`` to theirs.
+
+    ``vocabulary``: rows of the whole head where ``weight`` is a shard of it, which may be empty.
+    """
     if hidden.dim() < 2 or weight.dim() != 2:
         raise ValueError(
             f"{op}: expected hidden [..., H] (2-D or more) and weight [V, H], got "
@@ -71,7 +75,7 @@ def head_rows(
             f"{op}: weight has {weight.shape[1]} columns, hidden has {hidden.shape[-1]}. "
             "Pass lm_head.weight as [V, H]."
         )
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and vocabulary is None:
         raise ValueError(f"{op}: weight has no rows (an empty vocabulary).")
     if target.shape != hidden.shape[:-1]:
         raise ValueError(
@@ -95,7 +99,9 @@ def head_rows(
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, hidden on {hidden.device}.")
 
-    check_targets(op, target, weight.shape[0], options.ignore_index, debug)
+    if vocabulary is None:
+        vocabulary = weight.shape[0]
+    check_targets(op, target, vocabulary, options.ignore_index, debug)
     device_type = hidden.device.type
     hidden, weight = autocast_to(hidden, device_type), autocast_to(weight, device_type)
     bias = None if bias is None else autocast_to(bias, device_type)
@@ -108,7 +114,9 @@ def head_rows(
     return HeadRows(hidden.flatten(0, -2), weight, target, bias)
 
 
-def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, debug: bool) -> None:
+def check_targets(
+    op: str, target: Tensor, vocabulary: int | Tensor, ignore_index: int, debug: bool
+) -> None:
     """Raises ValueError for a target outside the vocabulary.
 
     On an accelerator the check is asynchronous, so as not to wait for the device, and the error
@@ -124,7 +132,7 @@ def check_targets(op: str, target: Tensor, vocabulary: int, ignore_index: int, d
         row = int((~valid).flatten().nonzero()[0])
         raise ValueError(
             f"{op}: target {int(target.flatten()[row])} at flat position {row} is outside the "
-            f"vocabulary of {vocabulary} and is not ignore_index={ignore_index}."
+            f"vocabulary of {int(vocabulary)} and is not ignore_index={ignore_index}."
         )
 
 
@@ -136,33 +144,33 @@ class _NoSecondDerivative(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(gradient, op, *inputs):
+    def forward(gradient, message, *inputs):
         return gradient.view_as(gradient)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op = inputs[1]
+        ctx.message = inputs[1]
 
     @staticmethod
     def backward(ctx, *_):
-        raise second_derivative_error(ctx.op)
+        raise RuntimeError(ctx.message)
 
     @staticmethod
     def jvp(ctx, *_):
-        raise second_derivative_error(ctx.op)
+        raise RuntimeError(ctx.message)
 
 
-def second_derivative_error(op: str) -> RuntimeError:
-    return RuntimeError(
-        f"{op}: second derivatives are not implemented by this backend. Pass backend='reference'."
-    )
-
-
-def without_second_derivative(op: str, gradient: Tensor | None, *inputs: Tensor | None):
+def without_second_derivative(
+    op: str,
+    gradient: Tensor | None,
+    *inputs: Tensor | None,
+    mend: str = "Pass backend='reference'.",
+):
     """``gradient`` as it is, but raising where someone differentiates it again."""
     if gradient is None or not torch.is_grad_enabled():
         return gradient
-    return _NoSecondDerivative.apply(gradient, op, *inputs)
+    message = f"{op}: second derivatives are not implemented by this backend. {mend}"
+    return _NoSecondDerivative.apply(gradient, message, *inputs)
 
 
 def vmap_error(op: str) -> RuntimeError:

@@ -1,11 +1,12 @@
 """Per-token negative log-likelihood of a linear head, without the N x V logits."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vcore_kernels import _head_ops
+from vcore_kernels import _head_ops, vocab_parallel
 from vcore_kernels._head import (
     HeadOptions,
     head_rows,
@@ -15,6 +16,9 @@ from vcore_kernels._head import (
 )
 from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _ops = torch.ops.vcore_kernels
 
@@ -107,6 +111,7 @@ def linear_nll(
     shift: int = 0,
     backend: str = "auto",
     debug: bool = False,
+    group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """Cross-entropy of each token under a linear head: ``-log softmax(logits)[target]``, in nats.
 
@@ -120,6 +125,18 @@ def linear_nll(
     In products of N x V x H: 1 forward; with a frozen head 2 in all (forward keeps the rows
     d nll / d hidden), with a trained head 4. With weights known beforehand
     :func:`vcore_kernels.weighted_linear_nll` needs 2 and 3.
+
+    The vocabulary may be sharded over processes (tensor parallelism): ``weight`` and ``bias``
+    are then DTensors placed as Shard(0) over one dimension of their mesh and Replicate over the
+    others, or with ``group`` the rows of this process. Shards may differ in size or be empty. All
+    processes pass the same ``hidden`` and ``target``, get the same result, and must differentiate
+    the same function of it. Products are shared out evenly; neither logits nor weight are
+    gathered. Forward has two all-reduces, of [N] and of [3, N] float64 numbers (with ``group`` also
+    one of the shards' sizes), backward one of d_hidden, [N, H] in float32 (float64 for
+    float64); gradients of ``weight`` and ``bias`` stay where the shards are. Second derivatives are
+    refused whatever the backend, and under ``torch.compile`` such a call breaks the graph. In
+    forward mode a DTensor has no tangent, as PyTorch cannot make it one; a shard with ``group``
+    can.
 
     Args:
         hidden: [..., H], float32, float64, bfloat16 or float16; the dtype of the products.
@@ -135,6 +152,8 @@ def linear_nll(
         backend: "auto", or one of :func:`vcore_kernels.backends`.
         debug: Wait for an accelerator's check that targets lie in the vocabulary (a CPU always
             checks).
+        group: Process group over which the vocabulary is sharded. ``weight`` and ``bias`` are then
+            this process's rows, in the order of the group's ranks, and may differ in number.
 
     Returns:
         nll, shaped like ``target``; float32, or float64 for float64 input. 0 where ignored. With
@@ -142,15 +161,22 @@ def linear_nll(
         it, bit for bit.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the
-            vocabulary.
+        ValueError, TypeError: shapes, dtypes, devices or placements that do not fit, or a target
+            outside the vocabulary.
         BackendError: a named backend that cannot serve the call.
 
     Source: docs/design.md; the online log-sum-exp is Milakov and Gimelshein (arXiv 1805.02867).
     """
+    op = "linear_nll"
     options = HeadOptions(softcap, scale, ignore_index)
-    rows = head_rows("linear_nll", hidden, weight, target, bias, options, shift, debug)
-    if resolve("linear_nll", backend, *rows.tensors()) == "reference":
+    shard, weight, bias, hidden, target = vocab_parallel.localize(
+        op, group, weight, bias, hidden=hidden, target=target
+    )
+    args = (hidden, weight, target, bias, options, shift)
+    if shard is not None:
+        return vocab_parallel.linear_nll(op, shard, *args, backend, debug)
+    rows = head_rows(op, *args, debug)
+    if resolve(op, backend, *rows.tensors()) == "reference":
         nll = reference.linear_nll(*rows, softcap, scale, ignore_index)
     else:
         head_frozen = not rows.weight.requires_grad and not (

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from vcore_kernels import vocab_parallel
 from vcore_kernels._head import HeadOptions
 from vcore_kernels._two_points import Second, two_points
 
@@ -42,11 +43,12 @@ def linear_nll_pair(
         where ignored.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; a DTensor.
 
     Source: the finite-difference utility of VCORE (arXiv 2510.27462), before its division by
     epsilon.
     """
+    vocab_parallel.refuse_dtensors("linear_nll_pair", hidden=hidden, weight=weight, bias=bias)
     second = Second("perturbed", hidden_perturbed, weight_perturbed, bias_perturbed)
     options = HeadOptions(softcap, scale, ignore_index)
     return two_points(

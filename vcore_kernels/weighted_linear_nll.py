@@ -1,11 +1,12 @@
 """Weighted sum of per-token losses whose weights are known before the pass."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vcore_kernels import _head_ops
+from vcore_kernels import _head_ops, vocab_parallel
 from vcore_kernels._head import (
     HeadOptions,
     head_rows,
@@ -16,6 +17,9 @@ from vcore_kernels._head import (
 )
 from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _ops = torch.ops.vcore_kernels
 _guard = partial(without_second_derivative, "weighted_linear_nll")
@@ -99,6 +103,7 @@ def weighted_linear_nll(
     shift: int = 0,
     backend: str = "auto",
     debug: bool = False,
+    group: "ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """``sum(token_weight * nll)`` with the gradients formed in the forward pass, while the logits
     are at hand.
@@ -107,10 +112,14 @@ def weighted_linear_nll(
     one. Rows of weight 0 cost one product for their loss and none for gradients. ``token_weight``
     is a constant: no gradient flows into it.
 
+    A head sharded along the vocabulary is served as by :func:`vcore_kernels.linear_nll`, which it
+    then is with these weights: a shard's gradients need the softmax of all, so the products are
+    that function's 2 and 4.
+
     Args:
         token_weight: shaped like ``target`` (with ``shift=1``: the weight of label t stands at t);
             any sign, finite; put alpha * q * n / num_items here.
-        other arguments: as in :func:`vcore_kernels.linear_nll`.
+        other arguments, ``group`` included: as in :func:`vcore_kernels.linear_nll`.
 
     Returns:
         (loss, nll): the 0-dim weighted sum, and the detached per-token losses shaped like
@@ -119,24 +128,22 @@ def weighted_linear_nll(
         the graph.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices that do not fit, or a target outside the
-            vocabulary.
+        ValueError, TypeError: shapes, dtypes, devices or placements that do not fit, or a target
+            outside the vocabulary.
         BackendError: a named backend that cannot serve the call.
     """
     op = "weighted_linear_nll"
     options = HeadOptions(softcap, scale, ignore_index)
-    rows = head_rows(op, hidden, weight, target, bias, options, shift, debug)
-    if not isinstance(token_weight, Tensor):
-        raise TypeError(f"{op}: token_weight must be a tensor, got {type(token_weight).__name__}.")
-    if token_weight.device != target.device:
-        raise ValueError(f"{op}: token_weight is on {token_weight.device}, not {target.device}.")
-    if token_weight.shape != target.shape:
-        raise ValueError(
-            f"{op}: token_weight has shape {list(token_weight.shape)}, target "
-            f"{list(target.shape)}. Pass one weight for each target."
-        )
-    if token_weight.is_complex() or token_weight.dtype == torch.bool:
-        raise TypeError(f"{op}: token_weight must be a real number, got {token_weight.dtype}.")
+    shard, weight, bias, hidden, target, token_weight = vocab_parallel.localize(
+        op, group, weight, bias, hidden=hidden, target=target, token_weight=token_weight
+    )
+    args = (hidden, weight, target, bias, options, shift)
+    if shard is not None:
+        nll = vocab_parallel.linear_nll(op, shard, *args, backend, debug)
+        _check_token_weight(op, token_weight, target)
+        return weighted_sum(token_weight.detach().to(nll.dtype), nll), nll.detach()
+    rows = head_rows(op, *args, debug)
+    _check_token_weight(op, token_weight, target)
     weights = to_rows(token_weight.detach(), shift).to(
         reference.statistics_dtype(rows.hidden.dtype)
     )
@@ -156,3 +163,17 @@ def weighted_linear_nll(
             rows.hidden, rows.weight, rows.target, weights, rows.bias, *options.raw(), *needs
         )
     return loss, to_labels(nll, target.shape, shift)
+
+
+def _check_token_weight(op: str, token_weight: Tensor, target: Tensor) -> None:
+    if not isinstance(token_weight, Tensor):
+        raise TypeError(f"{op}: token_weight must be a tensor, got {type(token_weight).__name__}.")
+    if token_weight.device != target.device:
+        raise ValueError(f"{op}: token_weight is on {token_weight.device}, not {target.device}.")
+    if token_weight.shape != target.shape:
+        raise ValueError(
+            f"{op}: token_weight has shape {list(token_weight.shape)}, target "
+            f"{list(target.shape)}. Pass one weight for each target."
+        )
+    if token_weight.is_complex() or token_weight.dtype == torch.bool:
+        raise TypeError(f"{op}: token_weight must be a real number, got {token_weight.dtype}.")

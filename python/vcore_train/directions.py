@@ -4,6 +4,7 @@ Every kind is gradient-like, ``theta - eps * g`` descends, and comes as fp32 ten
 name (float64 for float64 parameters).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -260,12 +261,11 @@ def uniform_gradient(
                 list(leaves.values()),
             )
         for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is None:
-                continue
-            if name in total:
-                total[name] += gradient
-            else:  # FSDP's own are nobody else's
-                total[name] = gradient.to(wide(gradient), copy=not sharded)
+            if gradient is not None:
+                if name in total:
+                    total[name] += gradient
+                else:
+                    total[name] = gradient.to(wide(gradient))
     total = {
         name: total[name] if name in total else torch.zeros_like(p, dtype=wide(p)).detach()
         for name, p in parameters.items()
@@ -296,7 +296,15 @@ def _gradients(
     loss = loss_of()
     if not loss.requires_grad:  # none of them is read (experts of other tokens, say)
         return [None] * len(leaves)
-    return torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    # To be added to in place: each in memory of its own.
+    uses = Counter(g.untyped_storage().data_ptr() for g in gradients if g is not None)
+    return [
+        g
+        if g is None or (g.is_contiguous() and uses[g.untyped_storage().data_ptr()] == 1)
+        else g.clone(memory_format=torch.contiguous_format)
+        for g in gradients
+    ]
 
 
 @contextmanager

@@ -137,8 +137,10 @@ def memory(
 
 
 def _gathered(units: Sequence[Unit], ranks: int, p: Precision, probing: bool) -> float:
-    """The kept unit, and two others: one at work, the next on its way. In the dual pass, their
-    tangents too; in a backward pass, the gradient of one before it is reduced."""
+    """The kept unit, and of the others' three times the largest: gathered weights, the message
+    that they came in, and one that is on its way. In the dual pass the same of tangents, in a
+    backward pass gradients before and while they are reduced.
+    """
     if ranks == 1:
         return 0.0
     kept = sum(u.parameters + u.trained * probing for u in units if u.kept) * p.compute
@@ -146,7 +148,7 @@ def _gathered(units: Sequence[Unit], ranks: int, p: Precision, probing: bool) ->
     whole = max((u.parameters for u in other), default=0) * p.compute
     tangent = max((u.trained for u in other), default=0) * p.compute * probing
     gradient = max((u.trained for u in units), default=0) * p.reduced
-    return kept + 2 * whole + max(tangent, gradient)
+    return kept + 3 * whole + max(3 * tangent, 2 * gradient)
 
 
 def traffic(
