@@ -54,7 +54,13 @@ from vcore_train.modeling import (
     probing,
 )
 from vcore_train.probed import Probed, TokenUtilities
-from vcore_train.sharding import duals_in_places, reshard, sharing_processes, within_forward
+from vcore_train.sharding import (
+    duals_in_places,
+    reshard,
+    sharing_processes,
+    unpacked,
+    within_forward,
+)
 from vcore_train.shared_trunk import SharedTrunk
 
 logger = logging.getLogger("vcore_train")
@@ -227,7 +233,7 @@ class _Points:
         ]
         weight = None
         for p in self.probed.values():
-            if p.head_alone and self.pair:
+            if p.of_operator == "weight" and self.pair:
                 weight = p.parameter.detach().clone()
                 moved.append((weight, p.direction))
 
@@ -307,7 +313,7 @@ def _warn(model: nn.Module, ratio: float, epsilon: float) -> None:
 
 def _in_place(probed: Mapping[str, Probed]) -> list[Probed]:
     """What moves in the model itself. A head's use alone moves in the head's computation."""
-    return [p for p in probed.values() if p.moves and not p.head_alone]
+    return [p for p in probed.values() if p.moves and p.of_operator is None]
 
 
 def _narrow(probed: Mapping[str, Probed]) -> bool:
@@ -324,15 +330,19 @@ def _head_tangents(
     model: nn.Module, probed: Mapping[str, Probed], span: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """What the head's weight and bias change by over ``span`` steps of g, to first order."""
-    changes = {n: p.direction * span for n, p in probed.items() if p.of_head and not p.head_alone}
+    changes = {
+        n: p.direction * span for n, p in probed.items() if p.of_head and p.of_operator is None
+    }
     with fwAD.dual_level():
         with duals_in_places(model, changes):
             head = head_of(model)
-        weight = fwAD.unpack_dual(head.weight).tangent
-        bias = None if head.bias is None else fwAD.unpack_dual(head.bias).tangent
+        weight = unpacked(head.weight)[1]
+        bias = None if head.bias is None else unpacked(head.bias)[1]
     for p in probed.values():
-        if p.head_alone:
+        if p.of_operator == "weight":
             weight = p.direction * span
+        elif p.of_operator == "bias":
+            bias = p.direction * span
     return weight, bias
 
 

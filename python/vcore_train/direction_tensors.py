@@ -57,7 +57,7 @@ def clip_direction(direction: Direction, max_norm: float | None) -> Direction:
     if max_norm is not None:
         norm = norm_of(direction.values())
         if math.isfinite(norm) and norm > max_norm:
-            torch._foreach_mul_(list(direction.values()), max_norm / norm)
+            torch._foreach_mul_([local(g) for g in direction.values()], max_norm / norm)
     return direction
 
 

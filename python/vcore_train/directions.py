@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from vcore_train.direction_states import KINDS, DirectionState, EmaDirection
-from vcore_train.direction_tensors import Direction, check_finite, clip_direction, norm_of, wide
+from vcore_train.direction_tensors import (
+    Direction,
+    check_finite,
+    clip_direction,
+    local,
+    norm_of,
+    wide,
+)
 from vcore_train.head_check import verify_head
 from vcore_train.modeling import (
     IGNORE_INDEX,
@@ -282,7 +289,8 @@ def uniform_gradient(
             "is not -100 and not the first of its sequence). Are the prompts cut so long that no "
             "response is left?"
         )
-    torch._foreach_div_(list(total.values()), tokens if num_items is None else num_items)
+    shards = [local(g) for g in total.values()]
+    torch._foreach_div_(shards, tokens if num_items is None else num_items)
     return total
 
 
@@ -298,13 +306,17 @@ def _gradients(
         return [None] * len(leaves)
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     # To be added to in place: each in memory of its own.
-    uses = Counter(g.untyped_storage().data_ptr() for g in gradients if g is not None)
+    uses = Counter(_storage(g) for g in gradients if g is not None)
     return [
         g
-        if g is None or (g.is_contiguous() and uses[g.untyped_storage().data_ptr()] == 1)
+        if g is None or (g.is_contiguous() and uses[_storage(g)] == 1)
         else g.clone(memory_format=torch.contiguous_format)
         for g in gradients
     ]
+
+
+def _storage(tensor: Tensor) -> int:
+    return local(tensor).untyped_storage().data_ptr()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vcore_train.modeling import Head, causal_lm, head_of, hidden_states, probing
-from vcore_train.sharding import reshard, within_forward
+from vcore_train.sharding import reshard, vocabulary_parallel, within_forward
 
 _verified: WeakSet[nn.Module] = WeakSet()
 
@@ -22,7 +22,9 @@ def verify_head(model: nn.Module) -> None:
     Raises:
         ValueError: they differ, with by how much; or the model's own are not finite.
     """
-    if model in _verified:
+    # A head that is sharded along the vocabulary serves the operators, and may not serve the model's
+    # own forward; a model that is verified before its head is sharded stays so.
+    if model in _verified or vocabulary_parallel(model):
         return
     lm = causal_lm(model)
     vocabulary = lm.config.get_text_config().vocab_size

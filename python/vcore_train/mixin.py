@@ -25,6 +25,7 @@ from vcore_train.modeling import (
     causal_lm,
     head_of,
     hidden_states,
+    label_shift,
     supervised_labels,
     token_nll,
 )
@@ -240,6 +241,11 @@ class VcoreMixin(_Trainer):
 
     def _with_supervised_labels(self, batch: Batch) -> Batch:
         """The batch with labels where the loss has a term, so that counting them is right."""
+        if not label_shift(batch):
+            raise ValueError(
+                f"{type(self).__name__}: the batch has shift_labels and no labels. Sequences that "
+                "are split over processes are for loops of your own (docs/scale.md); pass labels."
+            )
         batch = {**batch, "labels": supervised_labels(batch)}
         if self.args.method == "random":
             self._drawn += 1

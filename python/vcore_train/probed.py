@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from vcore_train.direction_tensors import check_finite
 from vcore_train.modeling import causal_lm
 from vcore_train.parameter_choice import head_alone, some
+from vcore_train.sharding import vocabulary_parallel
 
 
 class TokenUtilities(NamedTuple):
@@ -27,7 +28,10 @@ class Probed(NamedTuple):
     direction: Tensor
     moves: bool  # the direction is not zero
     of_head: bool  # it is in the head, and may be in the embeddings too
-    head_alone: bool = False  # of a weight shared with the embeddings, the head's use alone moves
+    # What of the head's it is, "weight" or "bias", where it does not move in the model but its
+    # direction goes to the head's operators: of a weight that is shared with the embeddings the
+    # head's use alone, and a head sharded along the vocabulary.
+    of_operator: str | None = None
 
 
 def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[str, Probed]:
@@ -105,13 +109,14 @@ def match_direction(model: nn.Module, direction: Mapping[str, Tensor]) -> dict[s
         )
     largest = check_finite(direction)
     head = set(causal_lm(model).get_output_embeddings().parameters())
+    parallel = vocabulary_parallel(model)
     return {
         name: Probed(
             parameters[name],
             g.detach().to(parameters[name].device),
             largest[name] > 0,
             parameters[name] in head,
-            name == alone,
+            "weight" if name == alone else parallel.get(parameters[name]),
         )
         for name, g in direction.items()
     }

@@ -32,9 +32,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def vocabulary_parallel(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Weight and bias of a head that is sharded along the vocabulary (tensor parallel), as DTensors
+    that stay shards in every pass. Of models sharded by FSDP none is."""
+    head: Any = causal_lm(model).get_output_embeddings()
+    if is_sharded(model):
+        return {}
+    own = {name: head._parameters.get(name) for name in ("weight", "bias")}
+    return {p: name for name, p in own.items() if isinstance(p, DTensor)}  # type: ignore[misc]
+
+
 def sharing_processes(model: nn.Module) -> list[Processes]:
     """The groups over which FSDP averages gradients: shards, and replicas of hybrid sharding."""
-    for p in model.parameters():
+    for p in model.parameters() if is_sharded(model) else ():
         if isinstance(p, DTensor):
             return [Processes(p.device_mesh.get_group(d)) for d in range(p.device_mesh.ndim)]
     return []
@@ -169,6 +179,14 @@ def sharded_gradients(
 
 
 # ---- tangents ----
+
+
+def unpacked(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Value and tangent of a dual tensor, which a DTensor never is."""
+    if isinstance(tensor, DTensor):
+        return tensor, None
+    dual = fwAD.unpack_dual(tensor)
+    return dual.primal, dual.tangent
 
 
 class _Place(NamedTuple):

@@ -40,7 +40,7 @@ from vcore_train.modeling import (
 )
 from vcore_train.parameter_choice import some
 from vcore_train.probed import Probed, TokenUtilities, match_direction
-from vcore_train.sharding import duals_in_places, reshard, within_forward
+from vcore_train.sharding import duals_in_places, reshard, unpacked, within_forward
 
 __all__ = [
     "ForwardDerivativeError",
@@ -228,7 +228,7 @@ def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
     tangents = {
         name: _scaled(p.direction, scale)
         for name, p in probed.items()
-        if p.moves and not p.head_alone
+        if p.moves and p.of_operator is None
     }
     with probing(model, attention=implementation), dual_layers(model), fwAD.dual_level():
         with (
@@ -238,11 +238,13 @@ def _dual_pass(model, inputs, probed, implementation, graph) -> DualPass:
         ):
             hidden, head = hidden_states(model, inputs), head_of(model)
         hidden, hidden_tangent = fwAD.unpack_dual(hidden)
-        weight, weight_tangent = fwAD.unpack_dual(head.weight)
-        bias, bias_tangent = (None, None) if head.bias is None else fwAD.unpack_dual(head.bias)
+        weight, weight_tangent = unpacked(head.weight)
+        bias, bias_tangent = (None, None) if head.bias is None else unpacked(head.bias)
     for p in probed.values():
-        if p.head_alone:
+        if p.of_operator == "weight":
             weight_tangent = _scaled(p.direction, scale)
+        elif p.of_operator == "bias":
+            bias_tangent = _scaled(p.direction, scale)
     if hidden_tangent is None:
         _check_only_head(probed)
         hidden_tangent = torch.zeros_like(hidden)
