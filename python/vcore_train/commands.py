@@ -512,6 +512,52 @@ def show_weights(
 
 
 @app.command()
+def scale(
+    model: Annotated[str, typer.Argument(help="A model, or the JSON file of its configuration.")],
+    gpus: Annotated[str, option("Numbers of GPUs, with commas.")] = "8,16,32,64",
+    tokens: Annotated[int, option("Tokens of a micro-batch of one GPU.")] = 16384,
+    lora_rank: Annotated[int, option("Train LoRA adapters of this rank; 0 trains all.")] = 0,
+    direction: Annotated[Direction, option("Descent direction.")] = "probe",
+    every: Annotated[int, option("Steps that a direction is kept for.")] = 1,
+    context_ranks: Annotated[int, option("GPUs that share a sequence.")] = 1,
+) -> None:
+    """What a step of a model sharded by FSDP2 would hold and send on each GPU, on paper."""
+    quiet_other_libraries()
+    from rich.table import Table
+    from transformers import AutoConfig
+
+    from vcore_train import scale as paper
+    from vcore_train.models import read_config
+
+    counts = [part.strip() for part in gpus.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in counts):
+        raise ValueError(f"--gpus must be whole numbers of at least 1, got {gpus!r}.")
+    for name, value, low in (
+        ("--tokens", tokens, 1),
+        ("--lora-rank", lora_rank, 0),
+        ("--every", every, 1),
+        ("--context-ranks", context_ranks, 1),
+    ):
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}.")
+    figures = Table(box=None, title="GB a GPU", title_justify="left")
+    for column in paper.COLUMNS:
+        figures.add_column(column, justify="right", no_wrap=True)
+    for row in paper.table(
+        read_config(model) if model.endswith(".json") else AutoConfig.from_pretrained(model),
+        [int(part) for part in counts],
+        tokens,
+        lora_rank=lora_rank,
+        averaged=direction == "ema",
+        every=every,
+        context_ranks=context_ranks,
+    ):
+        figures.add_row(*row)
+    console.print(figures)
+    console.print("How each is counted: docs/scale.md. Activations are an estimate.")
+
+
+@app.command()
 def info() -> None:
     """Backends, versions and hardware, and why something is off."""
     quiet_other_libraries()

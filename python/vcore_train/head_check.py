@@ -22,8 +22,8 @@ def verify_head(model: nn.Module) -> None:
     Raises:
         ValueError: they differ, with by how much; or the model's own are not finite.
     """
-    # A head that is sharded along the vocabulary serves the operators, and may not serve the model's
-    # own forward; a model that is verified before its head is sharded stays so.
+    # A head that is sharded along the vocabulary serves the operators, and may not serve the
+    # model's own forward; a model that is verified before its head is sharded stays so.
     if model in _verified or vocabulary_parallel(model):
         return
     lm = causal_lm(model)

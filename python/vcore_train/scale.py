@@ -184,25 +184,75 @@ def activations(
 ) -> dict[str, float]:
     """Activations of a rank with gradient checkpointing, bytes, for ``tokens`` a micro-batch.
 
-    The hidden states between layers; one layer's own while its backward runs (about 10 H and 3
-    times the width of the MLP a token, with attention that stores no matrix); the same of the dual
-    pass, values and tangents, where nothing is kept between layers. The head stores no logits: its
-    gradient [N, H] and rows of a tile.
+    An estimate, not measured: the hidden states between layers; one layer's own while its backward
+    runs, 10 H and 3 times the width of the MLP a token, with attention that stores no matrix; in
+    the dual pass, where nothing is kept between layers, values and tangents of what one layer has
+    alive at once, 6 H and 3 times the width. ``context_ranks`` share the tokens.
     """
-    own = tokens / context_ranks
-    hidden, width = config.hidden_size, config.intermediate_size
-    layer = own * compute * (10 * hidden + 3 * width)
+    own, hidden, width = tokens / context_ranks, config.hidden_size, config.intermediate_size
     return {
         "between layers": own * compute * hidden * config.num_hidden_layers,
-        "of a layer": layer,
+        "of a layer": own * compute * (10 * hidden + 3 * width),
         "of the dual pass": 2 * own * compute * (6 * hidden + 3 * width),
-        "logits not stored": own * config.vocab_size * 4.0,
     }
 
 
-def empty_model(config: Any) -> nn.Module:
-    """A causal LM of ``config`` without storage."""
+def empty_model(config: Any, lora_rank: int = 0) -> nn.Module:
+    """A causal LM of ``config`` without storage, with a LoRA adapter on every linear layer if
+    ``lora_rank`` is not 0."""
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+        if lora_rank:
+            lora = LoraConfig(r=lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+            return get_peft_model(model, lora)
+    return model
+
+
+COLUMNS = (
+    "GPUs",
+    "weights",
+    "moments",
+    "grads",
+    "g",
+    "gathered",
+    "activ.",
+    "total",
+    "SFT sends",
+    "VCORE",
+)
+
+
+def table(
+    config: Any,
+    ranks: Sequence[int],
+    tokens: int,
+    *,
+    lora_rank: int = 0,
+    averaged: bool = False,
+    every: int = 1,
+    context_ranks: int = 1,
+) -> list[list[str]]:
+    """Rows of ``vcore scale``: for each number of ranks the parts of :class:`Memory` in GB (1e9
+    bytes) and their sum, and what a step receives by SFT and by VCORE."""
+    units = units_of(empty_model(config, lora_rank))
+    parts = activations(config, tokens, context_ranks=context_ranks)
+    held = max(parts["between layers"] + parts["of a layer"], parts["of the dual pass"])
+    rows = []
+    for number in ranks:
+        of = memory(units, number, averaged=averaged, activations=held)
+        figures = [
+            of.weights,
+            of.moments,
+            of.gradients,
+            of.direction + of.tangents,
+            of.gathered,
+            of.activations,
+            of.total,
+            traffic(units, number, method="sft").total,
+            traffic(units, number, every=every).total,
+        ]
+        rows.append([str(number), *(f"{figure / 1e9:.1f}" for figure in figures)])
+    return rows

@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import pytest
+import torch
 from fsdp_on_cpu import allow_fsdp_on_cpu
 from ranks import run_ranks
 from tiny import tiny_model, with_lora
@@ -114,6 +115,23 @@ def test_every_option_is_that_of_one_process(tmp_path, name, sharding):
     # Differences of losses amplify the rounding of passes, which sum in another order.
     rtol = 1e-4 if name == "central" else 1e-5
     same(run(2, "full", tmp_path / "n", several), expected, rtol)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_bfloat16_trains_alike(tmp_path, sharding):
+    """FSDP2 gathers, computes and reduces in bfloat16; losses are not rounded to it."""
+    options = {**OPTIONS, "bf16": True}
+    several = {**options, **(FSDP if sharding == "fsdp" else {})}
+    parameters, log, evaluated = run(2, "lora", tmp_path / "n", several)
+    its_parameters, its_log, its_evaluated = alone("lora", tmp_path / "1", options)
+    assert evaluated == pytest.approx(its_evaluated, rel=1e-2)
+    assert log["loss"] == pytest.approx(its_log["loss"], rel=1e-2)
+    assert log["kl"] == pytest.approx(its_log["kl"], rel=1e-3)
+    assert any(loss != torch.tensor(loss).bfloat16().item() for loss in log["loss"])
+    start = {n: p.detach() for n, p in model_of("lora").named_parameters() if p.requires_grad}
+    moved = torch.cat([(parameters[n] - start[n]).flatten() for n in start])
+    expected = torch.cat([(its_parameters[n] - start[n]).flatten() for n in start])
+    assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.98
 
 
 # ---- checkpoints ----

@@ -1,5 +1,7 @@
 """The paper model of memory and traffic against what ranks hold, allocate and send."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -9,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vcore_train import descent_direction, token_utilities
+from vcore_train.cli import main
 from vcore_train.modeling import head_of, hidden_states, supervised_labels
 from vcore_train.scale import Precision, Unit, activations, empty_model, memory, traffic, units_of
 from vcore_train.sharding import within_forward
@@ -152,7 +155,6 @@ def test_peaks_stay_below_those_on_paper(measured):
             for name, held in (("probe peak", expected.gradients), ("dual peak", 0.0)):
                 before = alone.gradients if name == "probe peak" else 0.0
                 of_one = results[1][0][name] - before
-                print(ranks, name, result[name], held + expected.gathered + of_one)
                 assert result[name] <= 1.1 * (held + expected.gathered + of_one), name
 
 
@@ -198,3 +200,31 @@ def test_activations_shrink_with_context_ranks():
     one, four = activations(config, 1024), activations(config, 1024, context_ranks=4)
     assert all(one[name] == 4 * four[name] for name in one)
     assert isinstance(empty_model(config), nn.Module)
+
+
+def vcore(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    return end.value.code
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "8"]])
+def test_the_table_of_the_documentation(capsys, options):
+    root = Path(__file__).parents[2]
+    config = root / "examples" / "launch" / "qwen3-32b.json"
+    assert vcore("scale", config, *options) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    documented = (root / "docs" / "scale.md").read_text().splitlines()
+    rows = [row for row in printed if row and row[0] in ("GPUs", "8", "16", "32", "64")]
+    assert len(rows) == 5
+    for row in rows:
+        assert row in [line.split() for line in documented]
+
+
+def test_scale_says_what_is_wrong(capsys):
+    assert vcore("scale", "nowhere.json") == 1
+    assert vcore("scale", "nowhere.json", "--gpus", "8,x") == 1
+    assert "--gpus must be whole numbers" in capsys.readouterr().err
+    assert vcore("scale", "nowhere.json", "--tokens", "0") == 1
+    assert "--tokens must be at least 1" in capsys.readouterr().err
