@@ -68,12 +68,12 @@ def test_a_failed_rename_puts_the_former_folder_back(tmp_path, monkeypatch):
 def test_state_comes_back_in_its_order(tmp_path):
     shared = torch.arange(3.0)
     tensors = {"b/z": shared, "a/y": torch.ones((), dtype=torch.int64), "b/a": shared}
-    save_state(tmp_path, "_1", tensors, {"step": 3})
-    loaded, values = load_state(tmp_path, "_1")
+    save_state(tmp_path, tensors, {"step": 3})
+    loaded, values = load_state(tmp_path)
     assert list(loaded) == list(tensors)
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     assert values == {"step": 3}
-    assert load_state(tmp_path, "") is None
+    assert load_state(tmp_path / "nowhere") is None
 
 
 def test_recover_cleans_and_restores(tmp_path):

@@ -515,7 +515,7 @@ def all_names(model):
         (["model.norm.weight", "*.0.mlp.*"], lambda n: "0.mlp" in n or n == "model.norm.weight"),
         (["last_1_layers", "all"], lambda n: True),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_part_of_the_gradient_is_that_part_of_it(params, expected, checkpointed):
