@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from fsdp_on_cpu import allow_fsdp_on_cpu
 from ranks import run_ranks
 from tiny import tiny_model, with_lora
@@ -115,6 +116,33 @@ def test_every_option_is_that_of_one_process(tmp_path, name, sharding):
     # Differences of losses amplify the rounding of passes, which sum in another order.
     rtol = 1e-4 if name == "central" else 1e-5
     same(run(2, "full", tmp_path / "n", several), expected, rtol)
+
+
+def _half_supervised(folder, options, batch_size):
+    """Of every 8 examples the last 4 have no supervised token: with 2 ranks, all of rank 1."""
+    allow_fsdp_on_cpu()
+    warnings.simplefilter("ignore", FutureWarning)
+    options = {**options, "per_device_train_batch_size": batch_size}
+    trainer = make_trainer(folder, **options)
+    own = trainer.data_collator
+
+    def collate(rows):
+        batch = own(rows)
+        batch["labels"][4 if batch_size == 8 else 0 if dist.get_rank() else 4 :] = -100
+        return batch
+
+    trainer.data_collator = collate
+    trainer.train()
+    return logged(trainer, "loss"), logged(trainer, "alpha"), logged(trainer, "nll")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_rank_without_supervised_tokens_takes_part(tmp_path, sharding):
+    several = {**OPTIONS, **(FSDP if sharding == "fsdp" else {})}
+    expected = _half_supervised(str(tmp_path / "1"), OPTIONS, 8)
+    for result in run_ranks(2, _half_supervised, str(tmp_path / "n"), several, 4, timeout=90):
+        for values, its_values in zip(result, expected, strict=True):
+            assert values == pytest.approx(its_values, rel=1e-4)
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
