@@ -325,15 +325,15 @@ def with_vcore_options(args: TrainingArguments, **options: Any) -> Any:
     return copy
 
 
-def _with_options(kind: type[TrainingArguments], values: dict[str, Any]) -> Any:
+def _with_options(kind: Any, values: dict[str, Any]) -> Any:
     """Arguments of ``kind`` and :class:`VcoreOptions` that hold ``values``."""
-    arguments = object.__new__(_kind_with_options(kind))
+    arguments: Any = object.__new__(_kind_with_options(kind))
     vars(arguments).update(values)
     return arguments
 
 
 @cache
-def _kind_with_options(kind: type[TrainingArguments]) -> type:
+def _kind_with_options(kind: Any) -> type:
     def reduce(self: Any) -> tuple:  # a class made here is found by no name: checkpoints keep args
         return _with_options, (kind, dict(vars(self)))
 
