@@ -245,6 +245,10 @@ class VcoreOptions(_Arguments):
                 f"{self._owner}: epsilon={self.epsilon} has no meaning for utility_method='jvp'. "
                 "Drop it, or pass utility_method='central' or 'finite_difference'."
             )
+        if self.torch_compile:
+            raise self._error(
+                "torch_compile", True, "False: losses are computed beside the compiled forward"
+            )
         if self.method != "vcore":
             return
         self._check_reuse()
@@ -408,7 +412,3 @@ class VcoreConfig(VcoreOptions, TrainingArguments):
                 self._check_number("iw_clip", bound, low=0)
             if bounds[0] > bounds[1]:
                 raise self._error("iw_clip", bounds, "a lower bound that is not above the upper")
-        if self.torch_compile:
-            raise self._error(
-                "torch_compile", True, "False: losses are computed beside the compiled forward"
-            )
