@@ -1,7 +1,8 @@
 """Drives CMakeLists.txt, which owns the compiled part. All metadata is in pyproject.toml.
 
 VCORE_BUILD_CPP=auto (default) builds where a compiler is found and warns where not, 1 fails hard, 0
-skips.
+skips. A wheel with the kernels is for one platform, but for every Python and every torch that
+pyproject.toml allows: the libraries use torch's stable interface and nothing of Python.
 """
 
 import os
@@ -12,6 +13,7 @@ import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -24,6 +26,8 @@ class CMakeBuild(build_ext):
     """Builds ``vcore_kernels/_C.so`` and, with CUDA, ``_C_cuda.so`` for torch.ops.load_library."""
 
     def run(self):
+        for left_over in self.get_outputs():  # a build that fails must not ship an older one's
+            os.remove(left_over)
         try:
             self.build_with_cmake()
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
@@ -38,7 +42,7 @@ class CMakeBuild(build_ext):
             )
 
     def build_with_cmake(self):
-        import torch  # noqa: F401  (a build without isolation: the headers of the torch that will run it)
+        import torch  # noqa: F401  (its headers are needed: a build without isolation)
 
         cmake = shutil.which("cmake")
         if cmake is None:
@@ -66,11 +70,19 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--install", build, "--prefix", prefix], check=True)
 
     def get_outputs(self):
-        folder = Path(self.build_lib) / "vcore_kernels"
-        return [str(folder / "_C.so"), *map(str, folder.glob("_C_cuda.so"))]
+        return sorted(map(str, (Path(self.build_lib) / "vcore_kernels").glob("_C*.so")))
+
+
+class Wheel(bdist_wheel):
+    """Tags the wheel by what is in it: ``py3-none-PLATFORM`` with kernels, or ``py3-none-any``."""
+
+    def get_tag(self):
+        _, _, platform = super().get_tag()
+        has_kernels = self.get_finalized_command("build_ext").get_outputs()
+        return "py3", "none", platform if has_kernels else "any"
 
 
 setup(
     ext_modules=[] if MODE == "0" else [Extension("vcore_kernels._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

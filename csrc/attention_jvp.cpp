@@ -9,10 +9,6 @@
 // it lies in memory, [Q' | dQ'] the packed right one, and the probabilities are emitted as the
 // packed right operand of [V'; dV'] P. Six products of queries x keys x D where attention alone has
 // two.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -22,6 +18,7 @@
 
 #include "attention_kernels.h"
 #include "isa.h"
+#include "tensor.h"
 
 namespace vcore {
 
@@ -54,50 +51,50 @@ const AttentionKernels<bf16>* attention_kernels<bf16>() {
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 // A block of columns: 64 are no faster, and waste more on the diagonal.
 constexpr int64_t kQueries = 32;
 constexpr int64_t kKeys = 112;  // a tile of rows: eight register blocks of the products
 
 template <typename T>
-constexpr at::ScalarType scalar_type() {
-  if constexpr (std::is_same_v<T, bf16>) return at::kBFloat16;
-  if constexpr (std::is_same_v<T, float>) return at::kFloat;
-  return at::kDouble;
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, bf16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  return ScalarType::Double;
 }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // [B, heads, T, D] as rows of T whose width is padded to a group: in place where that is possible.
 template <typename T>
-struct Rows {
-  Tensor tensor;
+class Rows {
+ public:
   int64_t width = 0;
 
   Rows() = default;
   Rows(const OptionalTensor& x, bool contiguous) {
     if (!x) return;
-    width = round_up(x->size(3), kGroup<T>);
-    if (width == x->size(3)) {
-      tensor = x->detach().to(scalar_type<T>());
-      if (contiguous || tensor.stride(3) != 1) tensor = tensor.contiguous();
+    const int64_t given = x->size(3);
+    width = round_up(given, kGroup<T>);
+    if (width == given) {
+      contiguous |= x->scalar_type() != scalar_type<T>() || x->stride(3) != 1;
+      tensor_ = contiguous ? as_contiguous(*x, scalar_type<T>()) : *x;
     } else {
-      tensor = at::zeros({x->size(0), x->size(1), x->size(2), width}, scalar_type<T>());
-      tensor.narrow(3, 0, x->size(3)).copy_(x->detach());
+      tensor_ = zeros({x->size(0), x->size(1), x->size(2), width}, scalar_type<T>());
+      copy(view(data<T>(*tensor_), x->sizes(), tensor_->strides(), scalar_type<T>()), detach(*x));
     }
+    first_ = const_data<T>(*tensor_);
+    for (int64_t d = 0; d < 3; ++d) strides_[d] = tensor_->stride(d);
   }
-  bool defined() const { return tensor.defined(); }
-  int64_t stride() const { return tensor.stride(2); }
+  bool defined() const { return tensor_.has_value(); }
+  int64_t stride() const { return strides_[2]; }
   const T* row(int64_t batch, int64_t head, int64_t t) const {
-    return data<T>(tensor) + batch * tensor.stride(0) + head * tensor.stride(1) + t * stride();
+    return first_ + batch * strides_[0] + head * strides_[1] + t * strides_[2];
   }
+
+ private:
+  OptionalTensor tensor_;
+  const T* first_ = nullptr;
+  int64_t strides_[3] = {};
 };
 
 struct Options {
@@ -113,9 +110,10 @@ class Visible {
           int64_t length, Options options)
       : length_(length), options_(options) {
     if (key_mask) {
-      mask_ = key_mask->to(at::kBool).contiguous();
+      mask_tensor_ = as_contiguous(*key_mask, ScalarType::Bool);
+      mask_ = const_data<bool>(*mask_tensor_);
       for (int64_t b = 0; b < batch; ++b) {
-        const bool* row = mask_.const_data_ptr<bool>() + b * length;
+        const bool* row = mask_ + b * length;
         const bool* first = std::find(row, row + length, true);
         int64_t end = length;
         while (end > 0 && !row[end - 1]) --end;
@@ -124,8 +122,8 @@ class Visible {
       }
     }
     if (cu_seqlens) {
-      const Tensor offsets = cu_seqlens->to(at::kLong).contiguous();
-      const int64_t* at = offsets.const_data_ptr<int64_t>();
+      const Tensor offsets = as_contiguous(*cu_seqlens, ScalarType::Long);
+      const int64_t* at = const_data<int64_t>(offsets);
       for (int64_t s = 0; s + 1 < offsets.numel(); ++s) {
         segment_begin_.insert(segment_begin_.end(), at[s + 1] - at[s], at[s]);
         segment_end_.insert(segment_end_.end(), at[s + 1] - at[s], at[s + 1]);
@@ -137,14 +135,14 @@ class Visible {
   std::pair<int64_t, int64_t> keys(int64_t batch, int64_t i, int64_t end) const {
     int64_t from = begin(i), to = options_.causal ? end : this->end(end - 1);
     if (options_.window) from = std::max(from, i - options_.window + 1);
-    if (mask_.defined()) {
+    if (mask_) {
       from = std::max(from, first_[batch]);
       to = std::min(to, end_[batch]);
     }
     return {from, to};
   }
   std::pair<int64_t, int64_t> queries(int64_t batch, int64_t key) const {
-    if (mask_.defined() && !mask_.const_data_ptr<bool>()[batch * length_ + key]) return {0, 0};
+    if (mask_ && !mask_[batch * length_ + key]) return {0, 0};
     const int64_t to = end(key);
     return {options_.causal ? key : begin(key),
             options_.window ? std::min(to, key + options_.window) : to};
@@ -156,7 +154,8 @@ class Visible {
 
   int64_t length_;
   Options options_;
-  Tensor mask_;
+  OptionalTensor mask_tensor_;
+  const bool* mask_ = nullptr;
   std::vector<int64_t> first_, end_;                  // visible keys of each row of the batch
   std::vector<int64_t> segment_begin_, segment_end_;  // of each packed token
 };
@@ -175,7 +174,9 @@ class Attention {
         dq_(dq, false),
         k_(k, true),
         dk_(dk, true),
+        batch_(q.size(0)),
         heads_(q.size(1)),
+        kv_heads_(k.size(1)),
         shared_(q.size(1) / k.size(1)),
         length_(q.size(2)),
         value_width_(v.size(3)),
@@ -183,17 +184,19 @@ class Attention {
         tiles_((length_ + kKeys - 1) / kKeys) {
     transpose_values(v, dv);
     const auto output = [&] {  // in memory [B, T, heads, D], as the output projection reads it
-      return at::empty({q.size(0), length_, heads_, value_width_}, q.options()).transpose(1, 2);
+      const int64_t head = std::max<int64_t>(value_width_, 1), token = std::max<int64_t>(heads_, 1);
+      const int64_t row = std::max<int64_t>(length_, 1) * token * head;
+      return empty_strided({batch_, heads_, length_, value_width_}, {row, head, token * head, 1},
+                           q.scalar_type());
     };
     out_ = output();
     dout_ = output();
   }
 
   std::tuple<Tensor, Tensor> run() {
-    const int64_t blocks = (length_ + kQueries - 1) / kQueries, items = q_.tensor.size(0) * heads_;
+    const int64_t blocks = (length_ + kQueries - 1) / kQueries, items = batch_ * heads_;
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    parallel_for(0, num_threads(), 1, [&](int64_t, int64_t) {
       Scratch scratch(*this);
       for (int64_t i = next++; i < items * blocks; i = next++) {
         const int64_t block = blocks - 1 - i % blocks;  // the long ones first
@@ -212,24 +215,24 @@ class Attention {
           dp(kKeys * kQueries),
           sums(2 * a.value_width_ * kQueries),
           state(5 * kQueries),
-          rows(at::empty({kQueries, round_up(a.value_width_, kGroup<T>)}, scalar_type<T>())) {}
+          rows(kQueries * round_up(a.value_width_, kGroup<T>)) {}
     std::vector<A> scores;
     std::vector<T> queries, p, dp;
     std::vector<A> sums, state;
-    Tensor rows;
+    std::vector<T> rows;
   };
 
   // [B, kv_heads, tiles, V then dV, kKeys]: the left operand of the second product, a tile of keys
   // in one piece.
   void transpose_values(const Tensor& v, const OptionalTensor& dv) {
-    values_t_ = at::empty({v.size(0), v.size(1), tiles_, values_, kKeys}, scalar_type<T>());
+    values_tensor_ = empty({batch_, kv_heads_, tiles_, values_, kKeys}, scalar_type<T>());
+    values_t_ = data<T>(values_tensor_);
     const Rows<T> rows[] = {Rows<T>(v, false), Rows<T>(dv, false)};
-    const int64_t kv_heads = v.size(1);
-    at::parallel_for(0, v.size(0) * kv_heads * tiles_, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, batch_ * kv_heads_ * tiles_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t tile = i % tiles_, head = i / tiles_ % kv_heads, b = i / tiles_ / kv_heads;
+        const int64_t tile = i % tiles_, head = i / tiles_ % kv_heads_, b = i / tiles_ / kv_heads_;
         const int64_t count = std::min(kKeys, length_ - tile * kKeys);
-        T* to = data<T>(values_t_) + i * values_ * kKeys;
+        T* to = values_t_ + i * values_ * kKeys;
         for (const Rows<T>& x : rows) {
           if (!x.defined()) continue;
           const T* from = x.row(b, head, tile * kKeys);
@@ -297,8 +300,8 @@ class Attention {
       }
       kernels_->softmax(rows, cols, ld, s, ds, state, w.p.data(), w.dp.data());
       kernels_->rescale(value_width_, cols, state, out, dout);
-      const T* values = data<T>(values_t_) + from +
-                        ((batch * k_.tensor.size(1) + kv_head) * tiles_ + tile) * values_ * kKeys;
+      const T* values =
+          values_t_ + from + ((batch * kv_heads_ + kv_head) * tiles_ + tile) * values_ * kKeys;
       head_->gemm(values_, cols, padded, values, kKeys, w.p.data(), out, cols, true);
       if (tangent) {
         head_->gemm(value_width_, cols, padded, values, kKeys, w.dp.data(), dout, cols, true);
@@ -316,16 +319,18 @@ class Attention {
 
   // The transposed block [value width, cols] to rows i ... of `to`.
   void emit(const Tensor& to, int64_t batch, int64_t head, int64_t i, int64_t count, int64_t cols,
-            const A* block, const Tensor& rows) {
-    const Tensor target = to[batch][head].narrow(0, i, count);
+            const A* block, std::vector<T>& rows) {
+    const int64_t at = batch * to.stride(0) + head * to.stride(1) + i * to.stride(2);
+    char* const target = data<char>(to) + at * itemsize(to);
     if (to.scalar_type() == scalar_type<T>() && value_width_ % kGroup<T> == 0) {
-      head_->emit(value_width_, count, cols, block, data<T>(target), target.stride(0), nullptr, 0,
-                  nullptr);
+      head_->emit(value_width_, count, cols, block, reinterpret_cast<T*>(target), to.stride(2),
+                  nullptr, 0, nullptr);
       return;
     }
-    head_->emit(value_width_, count, cols, block, data<T>(rows), rows.stride(0), nullptr, 0,
-                nullptr);
-    target.copy_(rows.narrow(0, 0, count).narrow(1, 0, value_width_));
+    const int64_t width = round_up(value_width_, kGroup<T>);
+    head_->emit(value_width_, count, cols, block, rows.data(), width, nullptr, 0, nullptr);
+    copy(view(target, {count, value_width_}, {to.stride(2), 1}, to.scalar_type()),
+         view(rows.data(), {count, value_width_}, {width, 1}, scalar_type<T>()));
   }
 
   const HeadKernels<T>* head_ = head_kernels<T>();
@@ -333,10 +338,11 @@ class Attention {
   const Visible& visible_;
   Options options_;
   Rows<T> q_, dq_, k_, dk_;
-  int64_t heads_, shared_, length_, value_width_;
+  int64_t batch_, heads_, kv_heads_, shared_, length_, value_width_;
   int64_t values_;  // rows of a tile of values: V's and dV's
   int64_t tiles_;
-  Tensor values_t_, out_, dout_;
+  Tensor values_tensor_, out_, dout_;
+  T* values_t_ = nullptr;
 };
 
 std::tuple<Tensor, Tensor> attention_jvp(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -344,40 +350,40 @@ std::tuple<Tensor, Tensor> attention_jvp(const Tensor& q, const Tensor& k, const
                                          const OptionalTensor& dv, const OptionalTensor& key_mask,
                                          const OptionalTensor& cu_seqlens, bool causal,
                                          double scale, double softcap, int64_t window) {
-  TORCH_CHECK_VALUE(
-      q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(3) == q.size(3) &&
-          q.size(0) == k.size(0) && q.size(2) == k.size(2) && v.size(0) == k.size(0) &&
-          v.size(1) == k.size(1) && v.size(2) == k.size(2) && k.size(1) > 0 &&
-          q.size(1) % k.size(1) == 0,
-      "attention_jvp: q [B, heads, T, D], k [B, kv_heads, T, D], v [B, kv_heads, T, Dv]");
+  check_value(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(3) == q.size(3) &&
+                  q.size(0) == k.size(0) && q.size(2) == k.size(2) && v.size(0) == k.size(0) &&
+                  v.size(1) == k.size(1) && v.size(2) == k.size(2) && k.size(1) > 0 &&
+                  q.size(1) % k.size(1) == 0,
+              "attention_jvp: q [B, heads, T, D], k [B, kv_heads, T, D], v [B, kv_heads, T, Dv]");
   for (const auto& [x, dx] : {std::pair{&q, &dq}, std::pair{&k, &dk}, std::pair{&v, &dv}}) {
-    TORCH_CHECK_VALUE(!*dx || (*dx)->sizes() == x->sizes(),
-                      "attention_jvp: a tangent has another shape than its tensor");
-    TORCH_CHECK_TYPE(x->scalar_type() == q.scalar_type(), "attention_jvp: dtypes differ");
+    check_value(!*dx || same((*dx)->sizes(), x->sizes()),
+                "attention_jvp: a tangent has another shape than its tensor");
+    check_value(x->scalar_type() == q.scalar_type(), "attention_jvp: dtypes differ");
   }
-  TORCH_CHECK_VALUE(!key_mask || (key_mask->dim() == 2 && key_mask->size(0) == q.size(0) &&
-                                  key_mask->size(1) == q.size(2)),
-                    "attention_jvp: key_mask must be [B, T]");
+  check_value(!key_mask || (key_mask->dim() == 2 && key_mask->size(0) == q.size(0) &&
+                            key_mask->size(1) == q.size(2)),
+              "attention_jvp: key_mask must be [B, T]");
   if (cu_seqlens) {
-    const Tensor offsets = cu_seqlens->to(at::kLong);
-    TORCH_CHECK_VALUE(q.size(0) == 1 && offsets.dim() == 1 && offsets.numel() > 0 &&
-                          offsets[0].item<int64_t>() == 0 &&
-                          offsets[-1].item<int64_t>() == q.size(2) &&
-                          (offsets.diff() >= 0).all().item<bool>(),
-                      "attention_jvp: cu_seqlens must rise from 0 to the number of tokens");
+    const Tensor offsets = as_contiguous(*cu_seqlens, ScalarType::Long);
+    const int64_t *first = const_data<int64_t>(offsets), *end = first + offsets.numel();
+    check_value(q.size(0) == 1 && offsets.dim() == 1 && first < end && *first == 0 &&
+                    end[-1] == q.size(2) && std::is_sorted(first, end),
+                "attention_jvp: cu_seqlens must rise from 0 to the number of tokens");
   }
   const Options options{scale, softcap, window, causal};
   const Visible visible(key_mask, cu_seqlens, q.size(0), q.size(2), options);
   const auto run = [&](auto tag) {
     return Attention<decltype(tag)>(q, k, v, dq, dk, dv, visible, options).run();
   };
-  if (q.scalar_type() == at::kDouble) return run(double{});
-  if (q.scalar_type() == at::kBFloat16 && head_kernels<bf16>()) return run(bf16{});
+  if (q.scalar_type() == ScalarType::Double) return run(double{});
+  if (q.scalar_type() == ScalarType::BFloat16 && head_kernels<bf16>()) return run(bf16{});
   return run(float{});
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) { m.impl("attention_jvp", attention_jvp); }
+STABLE_TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) {
+  m.impl("attention_jvp", TORCH_BOX(&attention_jvp));
+}
 
 }  // namespace vcore

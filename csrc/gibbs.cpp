@@ -5,11 +5,6 @@
 // KL(softmax(a*z) || uniform) = budget for a, or for one temperature shared by all; (4) write the
 // weights and take the moments that the variances are made of. The reference with the same stages
 // is vcore_kernels/_gibbs.py.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -21,6 +16,7 @@
 #include <vector>
 
 #include "gibbs_kernels.h"
+#include "tensor.h"
 
 namespace vcore {
 namespace {
@@ -272,7 +268,7 @@ void run(const Problem<T>& problem, const int64_t* offsets, int64_t number, T* q
   }
   const int64_t grain = std::max<int64_t>(1, 8192 * number / std::max<int64_t>(size, 1));
   const auto for_each = [&](const auto& body) {
-    at::parallel_for(0, number, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, number, grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) body(i, segments[i]);
     });
   };
@@ -290,7 +286,7 @@ void run(const Problem<T>& problem, const int64_t* offsets, int64_t number, T* q
     });
   } else {
     // One segment at a time on each thread, from start to end, in buffers that stay in its cache.
-    at::parallel_for(0, number, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, number, grain, [&](int64_t first, int64_t last) {
       const auto buffer = std::make_unique_for_overwrite<double[]>(2 * longest);
       double* const x = buffer.get();
       double* const z = x + longest;
@@ -316,51 +312,55 @@ void run(const Problem<T>& problem, const int64_t* offsets, int64_t number, T* q
   write_variance(segments, variance);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> gibbs_variance(
-    const at::Tensor& utility, const std::optional<at::Tensor>& mask, const at::Tensor& offsets,
-    double value, std::string_view rule, double resolution) {
-  TORCH_CHECK(utility.dim() == 1 && offsets.dim() == 1 && offsets.size(0) >= 1,
-              "gibbs_variance: expected utility [N] and offsets [S + 1]");
-  TORCH_CHECK(offsets.scalar_type() == at::kLong, "gibbs_variance: offsets must be int64");
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gibbs_variance(
+    const Tensor& utility, const OptionalTensor& mask, const Tensor& offsets, double value,
+    std::string_view rule, double resolution) {
+  check_runtime(utility.dim() == 1 && offsets.dim() == 1 && offsets.size(0) >= 1,
+                "gibbs_variance: expected utility [N] and offsets [S + 1]");
+  check_runtime(offsets.scalar_type() == ScalarType::Long, "gibbs_variance: offsets must be int64");
   static const std::map<std::string_view, Rule> kRules = {
       {"tau", Rule::tau}, {"trajectory", Rule::trajectory}, {"batch", Rule::batch}};
   const auto named = kRules.find(rule);
-  TORCH_CHECK(named != kRules.end(), "gibbs_variance: rule must be tau, trajectory or batch, got ",
-              rule);
+  check_runtime(named != kRules.end(),
+                "gibbs_variance: rule must be tau, trajectory or batch, got ", rule);
   const int64_t number = offsets.size(0) - 1;
-  const at::Tensor s = utility.contiguous(), bounds = offsets.contiguous();
-  const int64_t* const ends = bounds.const_data_ptr<int64_t>();
-  TORCH_CHECK(ends[0] == 0 && ends[number] == s.size(0) && std::is_sorted(ends, ends + number + 1),
-              "gibbs_variance: offsets must rise from 0 to N");
-  at::Tensor m;
+  const ScalarType dtype = utility.scalar_type();
+  const Tensor s = as_contiguous(utility), bounds = as_contiguous(offsets);
+  const int64_t* const ends = const_data<int64_t>(bounds);
+  check_runtime(
+      ends[0] == 0 && ends[number] == s.size(0) && std::is_sorted(ends, ends + number + 1),
+      "gibbs_variance: offsets must rise from 0 to N");
+  OptionalTensor m;
   if (mask) {
-    TORCH_CHECK(mask->scalar_type() == at::kBool && mask->sizes() == s.sizes(),
-                "gibbs_variance: mask must be bool [N]");
-    m = mask->contiguous();
+    check_runtime(mask->scalar_type() == ScalarType::Bool && same(mask->sizes(), s.sizes()),
+                  "gibbs_variance: mask must be bool [N]");
+    m = as_contiguous(*mask);
   }
-  const bool* const supervised = mask ? m.const_data_ptr<bool>() : nullptr;
+  const bool* const supervised = m ? const_data<bool>(*m) : nullptr;
 
-  const at::Tensor q = at::empty_like(s), weight = at::empty_like(s);
-  const at::Tensor stats = at::empty({3, number}, s.options());
-  const at::Tensor flags = at::empty({3, number}, s.options().dtype(at::kBool));
-  const at::Tensor variance = at::empty({2, 2}, s.options().dtype(at::kDouble));
-  const auto call = [&](auto zero) {
+  const Tensor q = empty(s.sizes(), dtype), weight = empty(s.sizes(), dtype);
+  const Tensor stats = empty({3, number}, dtype), flags = empty({3, number}, ScalarType::Bool);
+  const Tensor variance = empty({2, 2}, ScalarType::Double);
+  const auto solve_as = [&](auto zero) {
     using T = decltype(zero);
-    const Problem<T> problem{s.const_data_ptr<T>(), supervised, value, named->second, resolution};
-    run<T>(problem, ends, number, q.data_ptr<T>(), weight.data_ptr<T>(), stats.data_ptr<T>(),
-           flags.data_ptr<bool>(), variance.data_ptr<double>());
+    const Problem<T> problem{const_data<T>(s), supervised, value, named->second, resolution};
+    run<T>(problem, ends, number, data<T>(q), data<T>(weight), data<T>(stats), data<bool>(flags),
+           data<double>(variance));
   };
-  if (s.scalar_type() == at::kFloat) {
-    call(0.0f);
+  if (dtype == ScalarType::Float) {
+    solve_as(0.0f);
   } else {
-    TORCH_CHECK(s.scalar_type() == at::kDouble, "gibbs_variance: expected float32 or float64, got ",
-                s.scalar_type());
-    call(0.0);
+    check_runtime(dtype == ScalarType::Double, "gibbs_variance: expected float32 or float64, got ",
+                  dtype);
+    solve_as(0.0);
   }
   return {q, weight, stats, flags, variance};
 }
 
 }  // namespace
-}  // namespace vcore
 
-TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) { m.impl("gibbs_variance", vcore::gibbs_variance); }
+STABLE_TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) {
+  m.impl("gibbs_variance", TORCH_BOX(&gibbs_variance));
+}
+
+}  // namespace vcore

@@ -1,7 +1,7 @@
-// Chooses the head kernels for this machine, and lends ATen's brgemm to those that have AMX.
-#include <ATen/core/Tensor.h>
-#include <c10/util/BFloat16.h>
+// Chooses the head kernels for this machine, and lends ATen's brgemm to those that have AMX, where
+// this torch has it.
 #include <dlfcn.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include <string>
 #include <vector>

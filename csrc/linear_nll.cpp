@@ -13,10 +13,6 @@
 // logsumexp of the others minus the target's logit, nll = log(1 + exp(a)) and p_target - 1 =
 // expm1(-nll) keep their relative accuracy when the target's probability nears 1, where logsumexp -
 // logit would cancel.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -24,10 +20,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "head_kernels.h"
+#include "tensor.h"
 
 namespace vcore {
 
@@ -35,34 +33,26 @@ bool set_bf16_engine(const std::string& engine);
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kTile = 256;
 // What a chunk may keep of its exponentials, and what its per-thread sums of d_hidden may take.
 constexpr int64_t kChunkBytes = int64_t{64} << 20;
 constexpr int64_t kMaxChunkRows = 512;
 
 template <typename T>
-constexpr at::ScalarType scalar_type() {
-  if constexpr (std::is_same_v<T, bf16>) return at::kBFloat16;
-  if constexpr (std::is_same_v<T, float>) return at::kFloat;
-  return at::kDouble;
+constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, bf16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  return ScalarType::Double;
 }
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// at::empty whose pages are 2 MiB where the system lends them: first touches cost less. Measured in
-// products of 1024 x 1024 x 65536, bf16: frozen head 1.94 -> 1.75, trained 3.20 -> 3.06.
-Tensor empty_huge(at::IntArrayRef sizes, at::TensorOptions options) {
-  Tensor t = at::empty(sizes, options);
+// A new tensor whose pages are 2 MiB where the system lends them: first touches cost less. Measured
+// in products of 1024 x 1024 x 65536, bf16: frozen head 1.94 -> 1.75, trained 3.20 -> 3.06.
+Tensor empty_huge(IntArrayRef sizes, ScalarType dtype) {
+  Tensor t = empty(sizes, dtype);
 #if defined(__linux__)
   constexpr uintptr_t page = 4096, huge = uintptr_t{2} << 20;
   const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t from = (begin + page - 1) / page * page, to = (begin + t.nbytes()) / page * page;
+  const uintptr_t from = (begin + page - 1) / page * page, to = (begin + nbytes(t)) / page * page;
   // A hint: where it is refused, everything still works.
   if (to > from + 2 * huge) (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 #endif
@@ -74,7 +64,7 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 // fn(thread, begin, end) over contiguous ranges that depend on the number of threads alone.
 template <typename F>
 void for_each_thread(int64_t threads, int64_t items, const F& fn) {
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) fn(t, items * t / threads, items * (t + 1) / threads);
   });
 }
@@ -86,12 +76,12 @@ class TiledMatrix {
  public:
   TiledMatrix() = default;
   explicit TiledMatrix(const Tensor& m)
-      : matrix_(m.detach().contiguous()),
+      : matrix_(as_contiguous(m)),
         padded_(round_up(m.size(1), kGroup<T>)),
         direct_(m.scalar_type() == scalar_type<T>() && padded_ == m.size(1)) {}
   // m - minus, the difference taken in the accumulator's dtype and rounded once.
   TiledMatrix(const Tensor& m, const Tensor& minus) : TiledMatrix(m) {
-    minus_ = minus.detach().contiguous();
+    minus_ = as_contiguous(minus);
     direct_ = false;
   }
 
@@ -101,17 +91,28 @@ class TiledMatrix {
   // Rows [begin, begin + count). `scratch` belongs to the calling thread and is made on first use.
   const T* rows(int64_t begin, int64_t count, Tensor& scratch) const {
     if (direct_) return data<T>(matrix_) + begin * padded_;
-    if (!scratch.defined()) scratch = at::zeros({kTile, padded_}, scalar_type<T>());
-    Tensor tile = matrix_.narrow(0, begin, count);
+    if (!scratch.defined()) scratch = zeros({kTile, padded_}, scalar_type<T>());
+    Tensor tile = rows_of(matrix_, begin, count);
     if (minus_.defined()) {
-      constexpr auto wide = scalar_type<Acc<T>>();
-      tile = tile.to(wide) - minus_.narrow(0, begin, count).to(wide);
+      using A = Acc<T>;
+      const Tensor difference = empty(tile.sizes(), scalar_type<A>());
+      const Tensor minus = as_contiguous(rows_of(minus_, begin, count), scalar_type<A>());
+      copy(difference, tile);
+      A* to = data<A>(difference);
+      const A* less = const_data<A>(minus);
+      for (int64_t i = 0, size = count * tile.size(1); i < size; ++i) to[i] -= less[i];
+      tile = difference;
     }
-    scratch.narrow(0, 0, count).narrow(1, 0, matrix_.size(1)).copy_(tile);
+    copy(view(data<T>(scratch), tile.sizes(), {padded_, 1}, scalar_type<T>()), tile);
     return data<T>(scratch);
   }
 
  private:
+  static Tensor rows_of(const Tensor& m, int64_t begin, int64_t count) {
+    const char* from = const_data<char>(m) + begin * m.size(1) * itemsize(m);
+    return view(from, {count, m.size(1)}, m.scalar_type());
+  }
+
   Tensor matrix_, minus_;
   int64_t padded_ = 0;
   bool direct_ = false;
@@ -133,35 +134,34 @@ class Head {
 
   Head(const Tensor& hidden, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
        Options options)
-      : hidden_(hidden.detach()),
-        target_(target.contiguous()),
+      : hidden_(detach(hidden)),
+        target_(as_contiguous(target)),
         options_(options),
         transform_{A(options.scale), A(options.softcap)},
         weight_(weight),
         vocabulary_(weight.size(0)),
         width_(weight.size(1)),
         tiles_((vocabulary_ + kTile - 1) / kTile),
-        threads_(std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tiles_))),
+        threads_(std::max<int64_t>(1, std::min<int64_t>(num_threads(), tiles_))),
         panel_(kernels_.panel),
         padded_width_(round_up(width_, kGroup<T>)) {
-    if (bias) bias_ = bias->detach().to(accumulator_type()).contiguous();
+    if (bias) bias_ = as_contiguous(*bias, accumulator_type());
     const int64_t n = hidden.size(0);
-    nll_ = at::zeros({n}, accumulator_type());
-    lse_ = at::zeros({2, n}, at::kDouble);
+    nll_ = zeros({n}, accumulator_type());
+    lse_ = zeros({2, n}, ScalarType::Double);
   }
 
-  static constexpr at::ScalarType accumulator_type() { return scalar_type<A>(); }
+  static constexpr ScalarType accumulator_type() { return scalar_type<A>(); }
 
   using Rows = std::vector<int64_t>;
 
-  // Tokens with a target; those that `first` marks come first and are never in one chunk with
-  // others.
-  std::vector<Rows> chunks(int64_t max_rows, const OptionalTensor& first) const {
+  // Tokens with a target; those whose `weights` are not 0 come first and are never in one chunk
+  // with others. No weights: all alike.
+  std::vector<Rows> chunks(int64_t max_rows, const double* weights) const {
     Rows marked, rest;
-    Tensor marks = first ? first->ne(0) : Tensor();
-    for (int64_t n = 0; n < target_.numel(); ++n) {
+    for (int64_t n = 0, size = tokens(); n < size; ++n) {
       if (!has_target(n)) continue;
-      (first && !marks.const_data_ptr<bool>()[n] ? rest : marked).push_back(n);
+      (weights && weights[n] == 0 ? rest : marked).push_back(n);
     }
     std::vector<Rows> out;
     for (const auto& rows : {marked, rest}) split(rows, max_rows, out);
@@ -203,8 +203,9 @@ class Head {
 
   // Rows of x in T, padded with zeros to `padded` rows and the padded width.
   Tensor gather(const Tensor& x, const Chunk& chunk) const {
-    Tensor out = at::zeros({chunk.padded, padded_width_}, scalar_type<T>());
-    out.narrow(0, 0, chunk.count()).narrow(1, 0, width_).copy_(x.index_select(0, chunk.index));
+    const Tensor out = zeros({chunk.padded, padded_width_}, scalar_type<T>());
+    copy(view(data<T>(out), {chunk.count(), width_}, {padded_width_, 1}, scalar_type<T>()),
+         call("aten::index_select", "", x, int64_t{0}, chunk.index));
     return out;
   }
 
@@ -212,13 +213,14 @@ class Head {
     Chunk c;
     c.rows = std::move(rows);
     c.padded = round_up(c.count(), panel_);
-    c.index = at::tensor(c.rows, at::kLong);
-    const int64_t blocks = second.defined() ? 2 : 1;
-    c.panels = at::empty({blocks, c.padded * padded_width_}, scalar_type<T>());
-    pack_transposed(gather(hidden_, c), c, c.panels[0]);
-    if (second.defined()) pack_transposed(gather(second, c), c, c.panels[1]);
+    c.index = empty({c.count()}, ScalarType::Long);
+    std::copy(c.rows.begin(), c.rows.end(), data<int64_t>(c.index));
+    const int64_t blocks = second.defined() ? 2 : 1, block = c.padded * padded_width_;
+    c.panels = empty({blocks, block}, scalar_type<T>());
+    pack_transposed(gather(hidden_, c), c, data<T>(c.panels));
+    if (second.defined()) pack_transposed(gather(second, c), c, data<T>(c.panels) + block);
     // Columns by the tile of their target.
-    const int64_t* target = target_.const_data_ptr<int64_t>();
+    const int64_t* target = const_data<int64_t>(target_);
     c.tile_begin.assign(tiles_ + 1, 0);
     for (int64_t n : c.rows) ++c.tile_begin[target[n] / kTile + 1];
     for (int64_t t = 0; t < tiles_; ++t) c.tile_begin[t + 1] += c.tile_begin[t];
@@ -235,24 +237,22 @@ class Head {
   template <Second kSecond>
   void sweep_statistics(Chunk& c, bool keep, const TiledMatrix<T>& second_weight = {},
                         const Tensor& second_bias = {}) {
-    const auto options = at::TensorOptions().dtype(accumulator_type());
-    for (Tensor* t : {&c.max, &c.sum}) *t = at::empty({tiles_, c.padded}, options);
-    if (kSecond != Second::none) c.moment = at::empty({tiles_, c.padded}, options);
+    for (Tensor* t : {&c.max, &c.sum}) *t = empty({tiles_, c.padded}, accumulator_type());
+    if (kSecond != Second::none) c.moment = empty({tiles_, c.padded}, accumulator_type());
     if (kSecond == Second::pair) {
-      for (Tensor* t : {&c.max2, &c.sum2}) *t = at::empty({tiles_, c.padded}, options);
+      for (Tensor* t : {&c.max2, &c.sum2}) *t = empty({tiles_, c.padded}, accumulator_type());
     }
     if (keep) {  // in the buffer of the chunk before, whose pages are already there
       const int64_t size = vocabulary_ * c.padded;
       if (!kept_.defined() || kept_.numel() < size) kept_ = empty_huge({size}, scalar_type<T>());
-      c.kept = kept_.narrow(0, 0, size).view({vocabulary_, c.padded});
+      c.kept = view(data<T>(kept_), {vocabulary_, c.padded}, scalar_type<T>());
     }
     const int64_t blocks = kSecond == Second::none ? 1 : 2;
     const int64_t ld = blocks * c.padded;
-    const Tensor logits = at::empty({threads_, kTile, ld}, options);
-    const int64_t* target = target_.const_data_ptr<int64_t>();
+    const Tensor logits = empty({threads_, kTile, ld}, accumulator_type());
+    const int64_t* target = const_data<int64_t>(target_);
 
     for_each_thread(threads_, tiles_, [&](int64_t thread, int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
       Tensor scratch, second_scratch;
       A* z = data<A>(logits) + thread * kTile * ld;
       A* dz = kSecond == Second::none ? nullptr : z + c.padded;
@@ -324,7 +324,7 @@ class Head {
   void combine(const Chunk& c, const Tensor& second) {
     A* nll = data<A>(nll_);
     double *top = data<double>(lse_), *rest = top + tokens();
-    at::parallel_for(0, c.count(), 16, [&](int64_t begin, int64_t end) {
+    parallel_for(0, c.count(), 16, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t n = c.rows[j];
         const LogSum others = combine_tiles(c, c.max, c.sum, c.moment, j);
@@ -363,9 +363,9 @@ class Head {
 
   Gradients new_gradients(bool hidden, bool weight, bool bias) const {
     Gradients g;
-    if (hidden) g.hidden = at::zeros_like(hidden_, at::MemoryFormat::Contiguous);
+    if (hidden) g.hidden = zeros(hidden_.sizes(), hidden_.scalar_type());
     if (weight) g.weight = empty_huge({vocabulary_, width_}, accumulator_type());
-    if (bias) g.bias = at::zeros({vocabulary_}, accumulator_type());
+    if (bias) g.bias = zeros({vocabulary_}, accumulator_type());
     return g;
   }
 
@@ -409,7 +409,7 @@ class Head {
       kernels_.grad_from_logits(count, c.padded, c.padded, transform_.softcap, f.top.data(),
                                 f.scaled.data(), g);
     }
-    const int64_t* target = target_.const_data_ptr<int64_t>();
+    const int64_t* target = const_data<int64_t>(target_);
     for (int64_t i = c.tile_begin[tile]; i < c.tile_begin[tile + 1]; ++i) {
       const int64_t j = c.tile_columns[i];
       g[(target[c.rows[j]] - v) * c.padded + j] = f.at_target[j];
@@ -420,26 +420,24 @@ class Head {
   // double.
   void sweep_gradients(const Chunk& c, const double* factor, Gradients& out,
                        bool& weight_started) const {
-    const auto options = at::TensorOptions().dtype(accumulator_type());
     const bool by_token = out.hidden.defined(), by_vocab = out.weight.defined();
     const int64_t group_rows = round_up(c.count(), kGroup<T>);
     const int64_t out_width = round_up(width_, panel_);
     Tensor token_major, vocab_major, weight_panels, hidden_panels, partial;
     if (by_token) {
-      token_major = at::empty({threads_, c.count(), kTile}, scalar_type<T>());
-      weight_panels = at::empty({threads_, kTile * out_width}, scalar_type<T>());
-      partial = at::empty({threads_, c.count(), out_width}, options);
+      token_major = empty({threads_, c.count(), kTile}, scalar_type<T>());
+      weight_panels = empty({threads_, kTile * out_width}, scalar_type<T>());
+      partial = empty({threads_, c.count(), out_width}, accumulator_type());
     }
     if (by_vocab) {
-      vocab_major = at::empty({threads_, kTile, group_rows}, scalar_type<T>());
+      vocab_major = empty({threads_, kTile, group_rows}, scalar_type<T>());
       hidden_panels = pack_hidden(c);
     }
-    const Tensor tile_gradients = at::empty({threads_, kTile, c.padded}, options);
+    const Tensor tile_gradients = empty({threads_, kTile, c.padded}, accumulator_type());
 
     const Factors factors = gradient_factors(c, factor);
 
     for_each_thread(threads_, tiles_, [&](int64_t thread, int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
       Tensor scratch;
       std::vector<A> tile_factor(c.padded, A(0));
       A* g = data<A>(tile_gradients) + thread * kTile * c.padded;
@@ -466,8 +464,14 @@ class Head {
     });
     weight_started = true;
     if (by_token) {
-      out.hidden.index_copy_(0, c.index,
-                             partial.sum(0).narrow(1, 0, width_).to(out.hidden.scalar_type()));
+      constexpr std::array<int64_t, 1> kFirst{0};
+      const Tensor sum =
+          call("aten::sum", "dim_IntList", partial, std::optional<IntArrayRef>(kFirst), false,
+               std::optional<ScalarType>());
+      const Tensor rows =
+          view(data<A>(sum), {c.count(), width_}, {out_width, 1}, accumulator_type());
+      call("aten::index_copy_", "", out.hidden, int64_t{0}, c.index,
+           as_contiguous(rows, out.hidden.scalar_type()));
     }
   }
 
@@ -489,15 +493,13 @@ class Head {
     }
     int64_t columns = 0;  // chunks but for the last are of one size
     for (const Chunk& c : chunks) columns = std::max(columns, c.padded);
-    const auto options = at::TensorOptions().dtype(accumulator_type());
-    const Tensor gradients = at::empty({threads_, kTile, columns}, options);
-    const Tensor products = at::empty({threads_, kTile, width_}, options);
+    const Tensor gradients = empty({threads_, kTile, columns}, accumulator_type());
+    const Tensor products = empty({threads_, kTile, width_}, accumulator_type());
     const Tensor vocab_major =
-        at::empty({threads_, kTile, round_up(columns, kGroup<T>)}, scalar_type<T>());
+        empty({threads_, kTile, round_up(columns, kGroup<T>)}, scalar_type<T>());
     std::vector<double> squares(tiles_, 0);
 
     for_each_thread(threads_, tiles_, [&](int64_t thread, int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
       Tensor scratch;
       std::vector<A> tile_factor(columns, A(0));
       A* g = data<A>(gradients) + thread * kTile * columns;
@@ -530,33 +532,33 @@ class Head {
 
   // What a recomputing backward needs of the forward pass.
   void restore(const Tensor& nll, const Tensor& lse) {
-    nll_ = nll.to(accumulator_type()).contiguous();
-    lse_ = lse.to(at::kDouble).contiguous();
+    nll_ = as_contiguous(nll, accumulator_type());
+    lse_ = as_contiguous(lse, ScalarType::Double);
   }
 
   // The chunk's rows of hidden as a right operand.
   Tensor pack_hidden(const Chunk& c) const {
     const int64_t rows = round_up(c.count(), kGroup<T>);
-    Tensor panels = at::empty({rows * round_up(width_, panel_)}, scalar_type<T>());
+    Tensor panels = empty({rows * round_up(width_, panel_)}, scalar_type<T>());
     kernels_.pack(c.count(), width_, data<T>(gather(hidden_, c)), padded_width_, data<T>(panels));
     return panels;
   }
 
   void pack_extra(Chunk& c, const Tensor& x) const {
-    c.extra = at::empty({c.padded * padded_width_}, scalar_type<T>());
-    pack_transposed(gather(x, c), c, c.extra);
+    c.extra = empty({c.padded * padded_width_}, scalar_type<T>());
+    pack_transposed(gather(x, c), c, data<T>(c.extra));
   }
 
   const Tensor& nll() const { return nll_; }
-  Tensor lse() const { return lse_.to(accumulator_type()); }
+  Tensor lse() const { return as_contiguous(lse_, accumulator_type()); }
   int64_t tokens() const { return target_.numel(); }
 
  private:
   bool has_target(int64_t n) const {
-    const int64_t target = target_.const_data_ptr<int64_t>()[n];
+    const int64_t target = const_data<int64_t>(target_)[n];
     if (target == options_.ignore_index) return false;
-    TORCH_CHECK_INDEX(target >= 0 && target < vocabulary_, "linear_nll: target ", target,
-                      " at row ", n, " is outside the vocabulary of ", vocabulary_);
+    check_index(target >= 0 && target < vocabulary_, "linear_nll: target ", target, " at row ", n,
+                " is outside the vocabulary of ", vocabulary_);
     return true;
   }
 
@@ -584,8 +586,8 @@ class Head {
       kernels_.transform_pair(count, cols, ld, transform_, bias, second, z, dz);
   }
 
-  void pack_transposed(const Tensor& x, const Chunk& c, const Tensor& out) const {
-    kernels_.pack_transposed(c.padded, padded_width_, data<T>(x), padded_width_, data<T>(out));
+  void pack_transposed(const Tensor& x, const Chunk& c, T* out) const {
+    kernels_.pack_transposed(c.padded, padded_width_, data<T>(x), padded_width_, out);
   }
 
   static double softplus(double a) {
@@ -606,34 +608,33 @@ class Head {
 template <typename F>
 auto with_product_type(const Tensor& hidden, const F& fn) {
   switch (hidden.scalar_type()) {
-    case at::kDouble:
+    case ScalarType::Double:
       return fn(double{});
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       if (head_kernels<bf16>()) return fn(bf16{});
-      [[fallthrough]];
-    case at::kFloat:
-    case at::kHalf:
-      return fn(float{});
+      break;
     default:
-      TORCH_CHECK_TYPE(false, "linear_nll: no CPU kernel for ", hidden.scalar_type());
+      check_value(
+          hidden.scalar_type() == ScalarType::Float || hidden.scalar_type() == ScalarType::Half,
+          "linear_nll: no CPU kernel for ", hidden.scalar_type());
   }
+  return fn(float{});
 }
 
 // The Python layer explains shape errors; this guards the raw operator.
 void check(const Tensor& hidden, const Tensor& weight, const Tensor& target,
            const OptionalTensor& bias) {
-  TORCH_CHECK_VALUE(hidden.dim() == 2 && weight.dim() == 2 && target.dim() == 1 &&
-                        hidden.size(1) == weight.size(1) && hidden.size(0) == target.size(0) &&
-                        weight.size(0) > 0 &&
-                        (!bias || bias->sizes() == weight.sizes().slice(0, 1)),
-                    "linear_nll: expected hidden [N, H], weight [V, H], target [N], bias [V]; got ",
-                    hidden.sizes(), ", ", weight.sizes(), ", ", target.sizes());
-  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "linear_nll: target must be int64");
+  check_value(hidden.dim() == 2 && weight.dim() == 2 && target.dim() == 1 &&
+                  hidden.size(1) == weight.size(1) && hidden.size(0) == target.size(0) &&
+                  weight.size(0) > 0 && (!bias || same(bias->sizes(), weight.sizes().slice(0, 1))),
+              "linear_nll: expected hidden [N, H], weight [V, H], target [N], bias [V]; got ",
+              hidden.sizes(), ", ", weight.sizes(), ", ", target.sizes());
+  check_value(target.scalar_type() == ScalarType::Long, "linear_nll: target must be int64");
 }
 
-void check_beside(const char* name, const OptionalTensor& t, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(!t || t->sizes() == sizes, "linear_nll: ", name, " is ",
-                    t ? t->sizes() : at::IntArrayRef{}, ", expected ", sizes);
+void check_beside(const char* name, const OptionalTensor& t, IntArrayRef sizes) {
+  check_value(!t || same(t->sizes(), sizes), "linear_nll: ", name, " is ",
+              t ? t->sizes() : IntArrayRef{}, ", expected ", sizes);
 }
 
 void check_second(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias,
@@ -641,7 +642,7 @@ void check_second(const Tensor& hidden, const Tensor& weight, const OptionalTens
                   const OptionalTensor& second_bias) {
   check_beside("the second hidden", second_hidden, hidden.sizes());
   check_beside("the second weight", second_weight, weight.sizes());
-  TORCH_CHECK_VALUE(bias || !second_bias, "linear_nll: a second bias without a first");
+  check_value(bias || !second_bias, "linear_nll: a second bias without a first");
   if (bias) check_beside("the second bias", second_bias, bias->sizes());
 }
 
@@ -655,30 +656,31 @@ Triple linear_nll_forward(const Tensor& hidden, const Tensor& weight, const Tens
   check(hidden, weight, target, bias);
   return with_product_type(hidden, [&](auto tag) -> Triple {
     using T = decltype(tag);
-    const Tensor input =
-        keep_rows && hidden.scalar_type() == at::kHalf ? hidden.to(at::kFloat) : hidden;
+    const Tensor input = keep_rows && hidden.scalar_type() == ScalarType::Half
+                             ? as_contiguous(hidden, ScalarType::Float)
+                             : hidden;
     Head<T> head(input, weight, target, bias, {scale, softcap, ignore_index});
     auto gradients = head.new_gradients(keep_rows, false, false);
     const std::vector<double> ones(keep_rows ? head.tokens() : 0, 1.0);
     bool started = false;
-    for (auto& rows : head.chunks(head.max_rows(keep_rows, keep_rows), {})) {
+    for (auto& rows : head.chunks(head.max_rows(keep_rows, keep_rows), nullptr)) {
       auto chunk = head.begin_chunk(std::move(rows));
       head.template sweep_statistics<Second::none>(chunk, keep_rows);
       head.template combine<Second::none>(chunk, {});
       if (keep_rows) head.sweep_gradients(chunk, ones.data(), gradients, started);
     }
     return {head.nll(), head.lse(),
-            keep_rows ? gradients.hidden : at::empty({0}, hidden.options())};
+            keep_rows ? gradients.hidden : empty({0}, hidden.scalar_type())};
   });
 }
 
 // An unwanted gradient is an empty tensor; no chunk at all leaves d_weight unwritten.
 template <typename G>
-void finish(G& g, const Tensor& hidden, at::ScalarType accumulator, bool weight_started) {
-  if (g.weight.defined() && !weight_started) g.weight.zero_();
-  if (!g.hidden.defined()) g.hidden = at::empty({0}, hidden.options());
-  if (!g.weight.defined()) g.weight = at::empty({0}, hidden.options().dtype(accumulator));
-  if (!g.bias.defined()) g.bias = at::empty({0}, hidden.options().dtype(accumulator));
+void finish(G& g, const Tensor& hidden, ScalarType accumulator, bool weight_started) {
+  if (g.weight.defined() && !weight_started) zero(g.weight);
+  if (!g.hidden.defined()) g.hidden = empty({0}, hidden.scalar_type());
+  if (!g.weight.defined()) g.weight = empty({0}, accumulator);
+  if (!g.bias.defined()) g.bias = empty({0}, accumulator);
 }
 
 Triple linear_nll_backward(const Tensor& grad_nll, const Tensor& hidden, const Tensor& weight,
@@ -691,24 +693,29 @@ Triple linear_nll_backward(const Tensor& grad_nll, const Tensor& hidden, const T
   check_beside("lse", lse, {2, target.numel()});
   return with_product_type(hidden, [&](auto tag) -> Triple {
     using T = decltype(tag);
-    const Tensor factor = grad_nll.to(at::kDouble).contiguous();
-    const Tensor live =
-        target.where(factor.ne(0), ignore_index);  // a row without weight has no gradient
+    const Tensor factor = as_contiguous(grad_nll, ScalarType::Double);
+    const double* factors = const_data<double>(factor);
+    const Tensor live = empty(target.sizes(), ScalarType::Long);
+    copy(live, detach(target));
+    // A row without weight has no gradient.
+    for (int64_t n = 0, size = target.numel(); n < size; ++n) {
+      if (factors[n] == 0) data<int64_t>(live)[n] = ignore_index;
+    }
     Head<T> head(hidden, weight, live, bias, {scale, softcap, ignore_index});
     head.restore(nll, lse);
     auto g = head.new_gradients(need_hidden, need_weight, need_bias && bias);
     bool started = false;
-    for (auto& rows : head.chunks(head.max_rows(false, need_hidden), {})) {
+    for (auto& rows : head.chunks(head.max_rows(false, need_hidden), nullptr)) {
       auto chunk = head.begin_chunk(std::move(rows));
-      head.sweep_gradients(chunk, factor.const_data_ptr<double>(), g, started);
+      head.sweep_gradients(chunk, factors, g, started);
     }
     finish(g, hidden, head.accumulator_type(), started);
     Tensor d_weight = g.weight;
     if (d_weight.scalar_type() != weight.scalar_type()) {
-      d_weight = empty_huge(g.weight.sizes(), weight.options());
-      d_weight.copy_(g.weight);
+      d_weight = empty_huge(g.weight.sizes(), weight.scalar_type());
+      copy(d_weight, g.weight);
     }
-    return {g.hidden, d_weight, bias ? g.bias.to(bias->scalar_type()) : g.bias};
+    return {g.hidden, d_weight, bias ? as_contiguous(g.bias, bias->scalar_type()) : g.bias};
   });
 }
 
@@ -724,14 +731,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> weighted_linear_nll_forward(
   using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
   return with_product_type(hidden, [&](auto tag) -> Result {
     using T = decltype(tag);
-    const Tensor input = hidden.scalar_type() == at::kHalf ? hidden.to(at::kFloat) : hidden;
+    const Tensor input = hidden.scalar_type() == ScalarType::Half
+                             ? as_contiguous(hidden, ScalarType::Float)
+                             : hidden;
     Head<T> head(input, weight, target, bias, {scale, softcap, ignore_index});
     auto g = head.new_gradients(need_hidden, need_weight, need_bias && bias);
     const bool any = need_hidden || need_weight || need_bias;
-    const Tensor factor = token_weight.to(at::kDouble).contiguous();
-    const double* weights = factor.const_data_ptr<double>();
+    const Tensor factor = as_contiguous(token_weight, ScalarType::Double);
+    const double* weights = const_data<double>(factor);
     bool started = false;
-    for (auto& rows : head.chunks(head.max_rows(any, need_hidden), factor)) {
+    for (auto& rows : head.chunks(head.max_rows(any, need_hidden), weights)) {
       const bool keep = any && weights[rows.front()] != 0;
       auto chunk = head.begin_chunk(std::move(rows));
       head.template sweep_statistics<Second::none>(chunk, keep);
@@ -757,10 +766,10 @@ std::tuple<Tensor, Tensor> linear_nll_jvp(const Tensor& hidden, const Tensor& we
     const TiledMatrix<T> d_weight =
         weight_tangent ? TiledMatrix<T>(*weight_tangent) : TiledMatrix<T>();
     const Tensor d_bias =
-        bias_tangent ? bias_tangent->detach().to(head.accumulator_type()).contiguous() : Tensor();
-    const Tensor tangent = at::zeros_like(head.nll());
-    for (auto& rows : head.chunks(kMaxChunkRows, {})) {
-      auto chunk = head.begin_chunk(std::move(rows), hidden_tangent.detach());
+        bias_tangent ? as_contiguous(*bias_tangent, head.accumulator_type()) : Tensor();
+    const Tensor tangent = zeros({hidden.size(0)}, head.accumulator_type());
+    for (auto& rows : head.chunks(kMaxChunkRows, nullptr)) {
+      auto chunk = head.begin_chunk(std::move(rows), detach(hidden_tangent));
       head.template sweep_statistics<Second::jvp>(chunk, false, d_weight, d_bias);
       head.template combine<Second::jvp>(chunk, tangent);
     }
@@ -782,19 +791,28 @@ std::tuple<Tensor, Tensor> linear_nll_pair(const Tensor& hidden, const Tensor& w
     Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
     // z' - z = (h' - h) w + h' (w' - w): the differences are taken between inputs, where they are
     // exact or rounded once, never between logits.
-    const auto wide = [](const Tensor& t) { return t.detach().to(scalar_type<A>()); };
-    const Tensor d_hidden = wide(hidden_perturbed) - wide(hidden);
+    const auto minus = [](const Tensor& a, const Tensor& b) {
+      const Tensor x = as_contiguous(a, scalar_type<A>()), y = as_contiguous(b, scalar_type<A>());
+      return torch::stable::subtract(detach(x), detach(y));
+    };
+    const Tensor d_hidden = minus(hidden_perturbed, hidden);
     TiledMatrix<T> d_weight;
     if (weight_perturbed) d_weight = TiledMatrix<T>(*weight_perturbed, weight);
     Tensor d_bias;
     if (bias_perturbed) {  // -inf, a masked class, less itself is no change
-      const Tensor from = wide(*bias), to = wide(*bias_perturbed);
-      d_bias = at::where(to.eq(from), 0, to - from).to(scalar_type<A>());
+      const Tensor from = as_contiguous(*bias, scalar_type<A>());
+      const Tensor to = as_contiguous(*bias_perturbed, scalar_type<A>());
+      d_bias = empty(from.sizes(), scalar_type<A>());
+      const A *a = const_data<A>(from), *b = const_data<A>(to);
+      A* d = data<A>(d_bias);
+      for (int64_t v = 0, size = from.numel(); v < size; ++v) {
+        d[v] = a[v] == b[v] ? A(0) : b[v] - a[v];
+      }
     }
-    const Tensor difference = at::zeros_like(head.nll());
-    for (auto& rows : head.chunks(kMaxChunkRows, {})) {
+    const Tensor difference = zeros({hidden.size(0)}, head.accumulator_type());
+    for (auto& rows : head.chunks(kMaxChunkRows, nullptr)) {
       auto chunk = head.begin_chunk(std::move(rows), d_hidden);
-      if (weight_perturbed) head.pack_extra(chunk, hidden_perturbed.detach());
+      if (weight_perturbed) head.pack_extra(chunk, detach(hidden_perturbed));
       head.template sweep_statistics<Second::pair>(chunk, false, d_weight, d_bias);
       head.template combine<Second::pair>(chunk, difference);
     }
@@ -807,20 +825,21 @@ Tensor linear_nll_grad_norms(const Tensor& hidden, const Tensor& weight, const T
                              const OptionalTensor& bias, const Tensor& offsets, int64_t /*length*/,
                              double softcap, double scale, int64_t ignore_index) {
   check(hidden, weight, target, bias);
-  TORCH_CHECK_VALUE(offsets.dim() == 1 && offsets.numel() > 0 && offsets.scalar_type() == at::kLong,
-                    "linear_nll_grad_norms: expected int64 offsets [S + 1]");
-  const Tensor bounds = offsets.contiguous();
-  const int64_t* bound = bounds.const_data_ptr<int64_t>();
+  check_value(
+      offsets.dim() == 1 && offsets.numel() > 0 && offsets.scalar_type() == ScalarType::Long,
+      "linear_nll_grad_norms: expected int64 offsets [S + 1]");
+  const Tensor bounds = as_contiguous(offsets);
+  const int64_t* bound = const_data<int64_t>(bounds);
   const int64_t number = offsets.numel() - 1;
   for (int64_t s = 0; s < number; ++s) {
-    TORCH_CHECK_VALUE(0 <= bound[s] && bound[s] <= bound[s + 1] && bound[s + 1] <= target.numel(),
-                      "linear_nll_grad_norms: offsets ", bound[s], ", ", bound[s + 1],
-                      " do not cut ", target.numel(), " tokens");
+    check_value(0 <= bound[s] && bound[s] <= bound[s + 1] && bound[s + 1] <= target.numel(),
+                "linear_nll_grad_norms: offsets ", bound[s], ", ", bound[s + 1], " do not cut ",
+                target.numel(), " tokens");
   }
   return with_product_type(hidden, [&](auto tag) -> Tensor {
     using T = decltype(tag);
     Head<T> head(hidden, weight, target, bias, {scale, softcap, ignore_index});
-    const Tensor norms = at::zeros({number}, head.accumulator_type());
+    const Tensor norms = zeros({number}, head.accumulator_type());
     for (int64_t s = 0; s < number; ++s) {
       data<Acc<T>>(norms)[s] = std::sqrt(head.weight_gradient_square(bound[s], bound[s + 1]));
     }
@@ -830,29 +849,32 @@ Tensor linear_nll_grad_norms(const Tensor& hidden, const Tensor& weight, const T
 
 // x * factor as dtype, rounded once and without a temporary of x's size. factor is 0-dim, or one
 // for each row of x [N, H]; then a row with factor 0 is 0, whatever it holds.
-Tensor scale_cast(const Tensor& x, const Tensor& factor, at::ScalarType dtype) {
+Tensor scale_cast(const Tensor& x, const Tensor& factor, ScalarType dtype) {
   const bool by_row = factor.dim() == 1;
   if (by_row) check_beside("factor", factor, x.sizes().slice(0, 1));
-  TORCH_CHECK_VALUE(by_row ? x.dim() == 2 : factor.dim() == 0,
-                    "scale_cast: factor must be 0-dim or [N]");
-  Tensor out = empty_huge(x.sizes(), x.options().dtype(dtype));
+  check_value(by_row ? x.dim() == 2 : factor.dim() == 0, "scale_cast: factor must be 0-dim or [N]");
+  Tensor out = empty_huge(x.sizes(), dtype);
   if (x.numel() == 0) return out;
-  const Tensor from = by_row ? x.detach() : x.detach().contiguous().view({-1, 1});
-  const Tensor to = out.view(from.sizes());
-  const Tensor by = by_row ? factor.detach().unsqueeze(1) : factor.detach();
-  const int64_t rows = from.size(0), block = std::max<int64_t>(1, (1 << 14) / from.size(1));
-  at::parallel_for(0, (rows + block - 1) / block, 8, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Tensor from = as_contiguous(x), scale = as_contiguous(factor, ScalarType::Double);
+  const int64_t rows = by_row ? x.size(0) : x.numel(), width = x.numel() / rows;
+  const int64_t block = std::max<int64_t>(1, (1 << 15) / width);
+  const auto part = [&](const Tensor& t, int64_t begin, int64_t size, int64_t cols) {
+    const char* memory = const_data<char>(t) + begin * cols * itemsize(t);
+    return view(memory, {size, cols}, t.scalar_type());
+  };
+  const double* scales = const_data<double>(scale);
+  const Tensor by = by_row ? as_contiguous(factor) : detach(factor);
+  parallel_for(0, (rows + block - 1) / block, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * block; i < std::min(rows, end * block); i += block) {
       const int64_t size = std::min(block, rows - i);
-      const Tensor part = from.narrow(0, i, size);
-      if (by_row) {
-        const Tensor scale = by.narrow(0, i, size);
-        to.narrow(0, i, size)
-            .copy_(at::where(scale.ne(0), part * scale, at::zeros({}, part.options())));
-      } else {
-        to.narrow(0, i, size).copy_(part * by);
+      const Tensor product = call("aten::mul", "Tensor", part(from, i, size, width),
+                                  by_row ? part(by, i, size, 1) : by);
+      for (int64_t row = 0; by_row && row < size; ++row) {
+        if (scales[i + row] != 0) continue;
+        char* const at = data<char>(product) + row * width * itemsize(product);
+        std::fill(at, at + width * itemsize(product), 0);
       }
+      copy(part(out, i, size, width), product);
     }
   });
   return out;
@@ -860,15 +882,17 @@ Tensor scale_cast(const Tensor& x, const Tensor& factor, at::ScalarType dtype) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) {
-  m.impl("scale_cast", scale_cast);
-  m.impl("linear_nll_forward", linear_nll_forward);
-  m.impl("linear_nll_backward", linear_nll_backward);
-  m.impl("weighted_linear_nll_forward", weighted_linear_nll_forward);
-  m.impl("linear_nll_jvp", linear_nll_jvp);
-  m.impl("linear_nll_pair", linear_nll_pair);
-  m.impl("linear_nll_grad_norms", linear_nll_grad_norms);
+STABLE_TORCH_LIBRARY_IMPL(vcore_kernels, CPU, m) {
+  m.impl("scale_cast", TORCH_BOX(&scale_cast));
+  m.impl("linear_nll_forward", TORCH_BOX(&linear_nll_forward));
+  m.impl("linear_nll_backward", TORCH_BOX(&linear_nll_backward));
+  m.impl("weighted_linear_nll_forward", TORCH_BOX(&weighted_linear_nll_forward));
+  m.impl("linear_nll_jvp", TORCH_BOX(&linear_nll_jvp));
+  m.impl("linear_nll_pair", TORCH_BOX(&linear_nll_pair));
+  m.impl("linear_nll_grad_norms", TORCH_BOX(&linear_nll_grad_norms));
 }
-TORCH_LIBRARY_IMPL(vcore_kernels, CatchAll, m) { m.impl("set_bf16_engine", set_bf16_engine); }
+STABLE_TORCH_LIBRARY_IMPL(vcore_kernels, CompositeExplicitAutograd, m) {
+  m.impl("set_bf16_engine", TORCH_BOX(&set_bf16_engine));
+}
 
 }  // namespace vcore

@@ -3,10 +3,6 @@
 // compiles, links and loads beside a torch without CUDA as well.
 #include "perturb_cuda.h"
 
-#include <ATen/core/Tensor.h>
-#include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
 #include <vector>
 
 #include "perturb_arguments.h"
@@ -19,15 +15,12 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 namespace vcore {
 namespace {
 
-using at::Tensor;
-using at::TensorList;
-
-void* current_stream(at::Device device) {
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-              "vcore_kernels: this torch has no CUDA");
+void* current_stream(Device device) {
+  check_runtime(aoti_torch_get_current_cuda_stream != nullptr,
+                "vcore_kernels: this torch has no CUDA");
   void* stream = nullptr;
   const int32_t error = aoti_torch_get_current_cuda_stream(device.index(), &stream);
-  TORCH_CHECK(error == 0, "vcore_kernels: no current stream on ", device);
+  check_runtime(error == 0, "vcore_kernels: no current stream on ", device);
   return stream;
 }
 
@@ -35,13 +28,12 @@ void* current_stream(at::Device device) {
 // devices calls once for each, and random bits still go by the number in the whole list.
 void perturb(TensorList params, TensorList direction, TensorList saved, double epsilon,
              std::optional<int64_t> seed, const Tensor& counts) {
-  const at::Device device = counts.device();
-  TORCH_CHECK_VALUE(device.is_cuda(), "perturb_: counts is on ", device,
-                    ", expected a CUDA device");
+  const Device device = counts.device();
+  check_value(device.is_cuda(), "perturb_: counts is on ", device, ", expected a CUDA device");
   std::vector<PerturbRun> here;
   for (const PerturbRun& run : perturb_runs(params, direction, saved, seed, counts)) {
     const size_t t = run.tensor;
-    TORCH_CHECK_VALUE(
+    check_value(
         direction[t].device() == params[t].device() && saved[t].device() == params[t].device(),
         "perturb_: params[", t, "] is on ", params[t].device(), ", its direction on ",
         direction[t].device(), ", saved on ", saved[t].device());
@@ -49,11 +41,11 @@ void perturb(TensorList params, TensorList direction, TensorList saved, double e
   }
   const PerturbOptions options{epsilon, static_cast<uint64_t>(seed.value_or(0)), seed.has_value(),
                                false};
-  const c10::DeviceGuard guard(device);
+  const torch::stable::accelerator::DeviceGuard guard(device.index());
   const char* error =
       perturb_on_cuda(here.data(), static_cast<int64_t>(here.size()), options,
-                      counts.data_ptr<int64_t>(), device.index(), current_stream(device));
-  TORCH_CHECK(error == nullptr, "perturb_: ", error);
+                      data<int64_t>(counts), device.index(), current_stream(device));
+  check_runtime(error == nullptr, "perturb_: ", error);
 }
 
 void perturb_swap(TensorList params, TensorList direction, double epsilon,
@@ -66,35 +58,35 @@ void restore(TensorList params, TensorList saved) {
   check_saved(params, saved);
   std::vector<PerturbRun> left;
   for (size_t t = 0; t < params.size(); ++t) {
-    TORCH_CHECK_VALUE(params[t].is_cuda() && saved[t].device() == params[t].device(),
-                      "restore_: params[", t, "] is on ", params[t].device(), ", saved on ",
-                      saved[t].device());
+    check_value(params[t].device().is_cuda() && saved[t].device() == params[t].device(),
+                "restore_: params[", t, "] is on ", params[t].device(), ", saved on ",
+                saved[t].device());
     const Float type = float_type(params[t]);
-    left.push_back({params[t].data_ptr(), nullptr, saved[t].data_ptr(), params[t].numel(), 0, type,
-                    type, static_cast<uint32_t>(t)});
+    left.push_back({params[t].mutable_data_ptr(), nullptr, saved[t].mutable_data_ptr(),
+                    params[t].numel(), 0, type, type, static_cast<uint32_t>(t)});
   }
   while (!left.empty()) {  // device by device
-    const at::Device device = params[left.front().tensor].device();
+    const Device device = params[left.front().tensor].device();
     std::vector<PerturbRun> here, others;
     for (const PerturbRun& run : left) {
       const bool is_here = params[run.tensor].device() == device;
       if (!is_here) others.push_back(run);
       if (is_here && run.size > 0) here.push_back(run);
     }
-    const c10::DeviceGuard guard(device);
+    const torch::stable::accelerator::DeviceGuard guard(device.index());
     const char* error = restore_on_cuda(here.data(), static_cast<int64_t>(here.size()),
                                         device.index(), current_stream(device));
-    TORCH_CHECK(error == nullptr, "restore_: ", error);
+    check_runtime(error == nullptr, "restore_: ", error);
     left = std::move(others);
   }
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(vcore_kernels, CUDA, m) {
-  m.impl("perturb_", perturb);
-  m.impl("perturb_swap_", perturb_swap);
-  m.impl("restore_", restore);
+STABLE_TORCH_LIBRARY_IMPL(vcore_kernels, CUDA, m) {
+  m.impl("perturb_", TORCH_BOX(&perturb));
+  m.impl("perturb_swap_", TORCH_BOX(&perturb_swap));
+  m.impl("restore_", TORCH_BOX(&restore));
 }
 
 }  // namespace vcore
