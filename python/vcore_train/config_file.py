@@ -62,7 +62,8 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that comes twice, of which YAML itself takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key for key, _ in node.value]  # before merging (<<), which may repeat them
+        # Before merging (<<), which may repeat them.
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         mapping = super().construct_mapping(node, deep)
         _once((self.construct_object(key, deep=True), None) for key in keys)
         return mapping
@@ -82,7 +83,7 @@ def _content(path: Path) -> dict:
     if suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(f"--config {path}: expected a .yaml, .yml or .json file.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if suffix == ".json":
             content = json.loads(text, object_pairs_hook=_once)
         else:
@@ -96,6 +97,10 @@ def _content(path: Path) -> dict:
         line = "" if mark is None else f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or "not readable"
         raise ValueError(f"{path}{line}: not valid YAML ({problem}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply.") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"--config {path}: expected a file, got a folder.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if content is None:  # empty, or comments alone

@@ -6,6 +6,7 @@ and before the processes have met. :func:`together` and :func:`on_main` need the
 """
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
@@ -73,11 +74,13 @@ def on_main(function: Callable[[], Result]) -> Result:
     """``function()`` of the main process, on every process; it raises as in :func:`together`."""
     if not _in_group():
         return function()
+    import torch.distributed as dist
+
     result = None
     with together():
         if is_main():
             result = function()
-    import torch.distributed as dist
+            pickle.dumps(result)  # or it would fail in the broadcast, where the others wait
 
     box = [result]
     dist.broadcast_object_list(box, src=0)

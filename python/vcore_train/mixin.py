@@ -34,7 +34,7 @@ from vcore_train.probe_sampler import ProbeSampler
 from vcore_train.processes import Processes
 from vcore_train.random_labels import random_labels
 from vcore_train.reuse import ForwardWithUtilities, check_reusable, forward_with_utilities
-from vcore_train.sharding import within_forward
+from vcore_train.sharding import is_sharded, within_forward
 from vcore_train.supervised import SupervisedTokens
 from vcore_train.utilities import (
     Method,
@@ -143,6 +143,11 @@ class VcoreMixin(_Trainer):
                 f"{owner}: utility_method='jvp' cannot pass through the quantised layers of this "
                 "model, whose kernels have no forward derivative. Use utility_method='central', "
                 "which moves the adapters alone."
+            )
+        if self._processes.count > 1 and not args.average_tokens_across_devices:
+            raise ValueError(
+                f"{owner}: average_tokens_across_devices=False gives each process's tokens another "
+                "weight. Leave it on: one process and several then train the same."
             )
         if getattr(self, "is_deepspeed_enabled", False):
             raise ValueError(
@@ -257,6 +262,7 @@ class VcoreMixin(_Trainer):
         self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         if self._position == 0:
+            self._check_wrapped(model)
             self._step_start = self._clock()
             self._begin_step(num_items_in_batch)
         with record_function("vcore::training_pass"):
@@ -266,6 +272,16 @@ class VcoreMixin(_Trainer):
             self._step_batches, self._step_weights = [], None
             self.metrics.add_step(self._clock() - self._step_start)
         return loss
+
+    def _check_wrapped(self, model: nn.Module) -> None:
+        """Raises where an earlier evaluation has kept transformers from wrapping it in DDP."""
+        unwrapped = self._unwrapped(model)
+        if self._processes.count > 1 and model is unwrapped and not is_sharded(unwrapped):
+            raise ValueError(
+                f"{type(self).__name__}: the model was not wrapped for {self._processes.count} "
+                "processes, whose gradients would drift apart: evaluate() or predict() came before "
+                "train(). Use eval_on_start=True, or evaluate with a trainer of its own."
+            )
 
     def _clock(self) -> float:
         """Seconds; where probes are timed, once the device has done what it was given."""

@@ -17,10 +17,12 @@ import torch.autograd.forward_ad as fwAD
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 
 from vcore_train.direction_tensors import local
 from vcore_train.modeling import causal_lm
+from vcore_train.parameter_choice import some
 from vcore_train.processes import Processes
 
 Result = TypeVar("Result")
@@ -113,10 +115,26 @@ def within_forward(wrapper: nn.Module, model: nn.Module, function: Callable[[], 
     inner.forward = redirected  # type: ignore[method-assign]
     try:
         out = root()
+    except BaseException:
+        _end_forward(model)
+        raise
     finally:
         _put_forward(inner, own)
     # FSDP casts what comes out (a loss, to bfloat16); its hooks are on what went in.
     return out if wrapper is not model else results[0]
+
+
+def _end_forward(model: nn.Module) -> None:
+    """After an exception: units that FSDP believes in their forward pass would stay gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            state._training_state = TrainingState.IDLE
+            for group in state._fsdp_param_groups:
+                group._training_state = TrainingState.IDLE
+            state._state_ctx.iter_forward_root = None
+            state._modules_to_run_forward.clear()
+            module.reshard()
 
 
 def _put_forward(module: nn.Module, own: Any) -> None:
@@ -148,34 +166,57 @@ def sharded_gradients(
 ) -> list[Tensor | None]:
     """Gradients of the sum over all ranks of ``loss_of()``, sharded as the leaves are.
 
-    FSDP reduces gradients into ``.grad`` and no other way; what stood there stands there again.
+    FSDP reduces gradients into ``.grad`` and no other way; what stood there, and what micro-batches
+    before have left unreduced, stands there again.
+
+    Raises ValueError for trained parameters that FSDP does not hold.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    before = [p.grad for p in parameters]
-    groups = [
+    groups: set[Any] = {
         group
         for module in model.modules()
         if isinstance(module, FSDPModule)
         for group in module._get_fsdp_state()._fsdp_param_groups
-    ]
-    # Between the micro-batches of a step gradients may be left unreduced.
-    modes = [(g.reduce_grads, g.all_reduce_grads) for g in groups]
-    try:
-        for p in parameters:
-            p.grad = None
-        for g in groups:
-            g.reduce_grads = g.all_reduce_grads = True
+    }
+    ranks = math.prod(processes.count for processes in sharing_processes(model))
+    factors = {
+        p.sharded_param: g.gradient_divide_factor or ranks for g in groups for p in g.fsdp_params
+    }
+    others = [n for n, p in model.named_parameters() if p.requires_grad and p not in factors]
+    if others:
+        raise ValueError(
+            f"descent_direction: {some(others)} are trained and not sharded, beside parameters "
+            "that FSDP2 shards. Their gradients would be each rank's own. Shard the whole model "
+            "(no ignored_params, adapters before fully_shard)."
+        )
+    with _set_aside_gradients(model, groups):
         within_forward(model, model, loss_of).backward()
-        ranks = math.prod(processes.count for processes in sharing_processes(model))
-        size = groups[0].gradient_divide_factor or ranks
         gradients = [leaf.grad for leaf in leaves]
-        torch._foreach_mul_([g for g in gradients if g is not None], size)
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                local(gradient).mul_(factors[leaf])
         return gradients
+
+
+@contextmanager
+def _set_aside_gradients(model: nn.Module, groups: set[Any]) -> Iterator[None]:
+    """Inside there are no gradients, and FSDP reduces those that come."""
+    kept: list[tuple[Any, str, Any]] = [(p, "grad", p.grad) for p in model.parameters()]
+    for group in groups:
+        kept += [
+            (group, name, getattr(group, name))
+            for name in ("reduce_grads", "all_reduce_grads", "_partial_reduce_output")
+        ]
+        for p in group.fsdp_params:
+            kept.append((p, "unsharded_accumulated_grad", p.unsharded_accumulated_grad))
+            if hasattr(p, "_unsharded_param"):
+                kept.append((p._unsharded_param, "grad", p._unsharded_param.grad))
+    try:
+        for holder, name, _ in kept:
+            setattr(holder, name, True if name.endswith("reduce_grads") else None)
+        yield
     finally:
-        for p, grad in zip(parameters, before, strict=True):
-            p.grad = grad
-        for g, (reduce, all_reduce) in zip(groups, modes, strict=True):
-            g.reduce_grads, g.all_reduce_grads = reduce, all_reduce
+        for holder, name, value in kept:
+            setattr(holder, name, value)
 
 
 # ---- tangents ----

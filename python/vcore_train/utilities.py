@@ -150,10 +150,10 @@ def token_utilities_and_nll(
         )
     labels = supervised_labels(inputs)
     check_packing(inputs)
-    reshard(model)
-    probed = match_direction(model, direction)
-    verify_head(model)
     with torch.inference_mode(False), torch.no_grad():  # inference mode would drop the tangents
+        reshard(model)
+        probed = match_direction(model, direction)
+        verify_head(model)
         if method == "jvp":
             return _forward_mode(model, inputs, labels, probed, epsilon, backend)
         return difference_utilities(

@@ -464,7 +464,7 @@ def test_a_named_backend_that_cannot_serve_says_why():
         ({"scale": float("inf")}, ValueError, "scale"),
         ({"shift": 2}, ValueError, "shift must be 0 or 1"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
 def test_mistakes_are_named(change, error, message):
     hidden, weight, target, token_weight = inputs()

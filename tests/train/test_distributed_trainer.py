@@ -162,6 +162,19 @@ def test_bfloat16_trains_alike(tmp_path, sharding):
     assert torch.nn.functional.cosine_similarity(moved, expected, dim=0) > 0.98
 
 
+def _mistakes(folder):
+    trainer = make_trainer(folder, eval_rows=example_rows(4), **OPTIONS)
+    trainer.evaluate()
+    with pytest.raises(ValueError, match=r"evaluate\(\) or predict\(\) came before train\(\)"):
+        trainer.train()
+    with pytest.raises(ValueError, match="average_tokens_across_devices=False"):
+        make_trainer(folder, average_tokens_across_devices=False, **OPTIONS)
+
+
+def test_what_would_let_processes_drift_apart_is_refused(tmp_path):
+    run_ranks(2, _mistakes, str(tmp_path))
+
+
 # ---- checkpoints ----
 
 KEPT = {**OPTIONS, "direction": "ema", "every": 2, "save_strategy": "steps", "save_steps": 3}

@@ -204,6 +204,82 @@ def test_copies_of_a_model_share_a_direction(name):
         assert all(torch.equal(g, results[0][0][n]) for n, g in of_rank.items())
 
 
+def _exception_rank(parts):
+    model = MODELS["untied"]()
+    shard(model, parts=parts)
+    expected = uniform_gradient(model, own_batches())
+    for where in (model, model.model.layers[0], model.model.norm):
+
+        def fail(*_):
+            raise ZeroDivisionError
+
+        hook = where.register_forward_hook(fail)
+        for broken in (uniform_gradient, lambda m, b: token_utilities(m, b[0], expected)):
+            with pytest.raises(ZeroDivisionError):
+                broken(model, own_batches())
+        hook.remove()
+        again = uniform_gradient(model, own_batches())
+        close(whole(again), whole(expected))
+    return whole(expected)
+
+
+@pytest.mark.parametrize("parts", ["layers", "accelerate"])
+def test_after_an_exception_the_model_is_as_before(parts):
+    direction = uniform_gradient(MODELS["untied"](), BATCHES[:2])
+    for of_rank in run_ranks(2, _exception_rank, parts):
+        close(of_rank, direction)
+
+
+def _accumulating_rank(policy):
+    """A probe between two micro-batches of which the first is left unreduced."""
+    model = MODELS["tied"]()
+    shard(model, parts="accelerate", mp_policy=policy)
+
+    def backward(batch):
+        within_forward(model, model, lambda: token_nll(model, batch).sum()).backward()
+
+    batch = own_batches()[0]
+    model.set_requires_gradient_sync(False)
+    backward(batch)
+    direction = uniform_gradient(model, batch)
+    model.set_requires_gradient_sync(True)
+    backward(batch)
+    return whole(direction), {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "policy", [MixedPrecisionPolicy(), MixedPrecisionPolicy(reduce_dtype=torch.float64)], ids=str
+)
+def test_a_probe_between_micro_batches_leaves_their_gradients(policy):
+    model = MODELS["tied"]()
+    direction = uniform_gradient(model, BATCHES[:2])
+    for batch in BATCHES[:2]:
+        token_nll(model, batch).sum().backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}  # twice, and the mean of 2 ranks
+    for of_rank, its_gradients in run_ranks(2, _accumulating_rank, policy):
+        close(of_rank, direction)
+        close(its_gradients, gradients)
+
+
+def _factors_rank():
+    model = MODELS["untied"]()
+    shard(model)
+    for module in model.modules():
+        if module is model:
+            module.set_gradient_divide_factor(1.0)
+        elif hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(4.0)
+        if hasattr(module, "set_force_sum_reduction_for_comms"):
+            module.set_force_sum_reduction_for_comms(True)
+    return whole(uniform_gradient(model, own_batches()))
+
+
+def test_divide_factors_of_units_do_not_reach_the_direction():
+    direction = uniform_gradient(MODELS["untied"](), BATCHES[:2])
+    for of_rank in run_ranks(2, _factors_rank):
+        close(of_rank, direction)
+
+
 # ---- policies ----
 
 
@@ -323,6 +399,13 @@ def _errors_rank():
         token_utilities(model, BATCHES[0], plain)
     with pytest.raises(ValueError, match="head's use alone cannot be probed"):
         uniform_gradient(model, BATCHES[0], params="lm_head")
+    left_out = tiny_model("llama", attention_dropout=0.0)
+    fully_shard(left_out, ignored_params={left_out.model.norm.weight})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight are trained and not sharded"):
+        uniform_gradient(left_out, BATCHES[0])
+    direction = uniform_gradient(model, BATCHES[0])
+    with torch.inference_mode():
+        token_utilities(model, BATCHES[0], direction)
     with pytest.raises(ValueError, match="reuse_forward: the model is sharded"):
         forward_with_utilities(model, BATCHES[0], {})
 
