@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vcore_kernels.backends.reference import WITH_AUTOCAST
+
 
 @dataclass(frozen=True)
 class HeadOptions:
@@ -45,7 +47,7 @@ def autocast_to(tensor: Tensor, device_type: str) -> Tensor:
     """``tensor`` in the dtype that autocast gives a linear layer; unchanged outside autocast."""
     if tensor.dtype == torch.float64:
         return tensor
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type in WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
         return tensor.to(torch.get_autocast_dtype(device_type))
     return tensor
 

@@ -11,6 +11,10 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 
+# Device types that have autocast; asked here, since torch.compile of PyTorch 2.10 cannot trace it.
+_DEVICE_TYPES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "privateuseone")
+WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, _DEVICE_TYPES))
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of losses, utilities and weights: float64 for float64, otherwise float32."""
@@ -33,7 +37,7 @@ def head_logits(
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Autocast would round the products back to 16 bits."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in WITH_AUTOCAST:
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
