@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -16,11 +16,35 @@ from vcore_train.modeling import trainable_parameters
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(Trainer):
-    """A ``transformers.Trainer`` whose checkpoints appear whole or not at all.
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
 
-    Losses are computed on the unwrapped model, past its own ``forward``, under the autocast of
-    Accelerate. One process uses one device.
+
+class OwnLosses(_Trainer):
+    """For a trainer whose losses are computed on the unwrapped model, past its own ``forward``,
+    under the autocast of Accelerate, and divided by ``num_items_in_batch``."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Whatever the model's own loss does.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def _unwrapped(self, model: nn.Module | None = None) -> nn.Module:
+        """The model (by default the trained one) out of DDP and its like."""
+        model = self.model if model is None else model
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        # Accelerate puts autocast around the model's forward alone.
+        return self.accelerator.autocast()
+
+
+class BaseTrainer(OwnLosses, Trainer):
+    """A ``transformers.Trainer`` with :class:`OwnLosses` whose checkpoints appear whole or not at
+    all. One process uses one device.
     """
 
     _staging: Path | None = None  # where a checkpoint is being written
@@ -32,9 +56,6 @@ class BaseTrainer(Trainer):
             )
             args._n_gpu = 1
         super().__init__(model, args, **kwargs)
-        # Whatever the model's own loss does, the ones here take num_items_in_batch.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
         self._check_parameters()
 
     def _check_parameters(self) -> None:
@@ -48,11 +69,6 @@ class BaseTrainer(Trainer):
                     f"{name_of_class}: parameter {name} is {parameter.dtype}, which has no "
                     "gradient. Freeze quantised weights and train adapters over them (PEFT LoRA)."
                 )
-
-    def _unwrapped(self, model: nn.Module | None = None) -> nn.Module:
-        """The model (by default the trained one) out of DDP and its like."""
-        model = self.model if model is None else model
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.args.should_save and self.args.output_dir is not None:
@@ -72,10 +88,6 @@ class BaseTrainer(Trainer):
             max_steps,
         )
         return epochs, 0  # all epochs are done, also one that max_steps ends within
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        # Accelerate puts autocast around the model's forward alone; the losses here go past it.
-        return self.accelerator.autocast()
 
     # ---- checkpoints ----
 

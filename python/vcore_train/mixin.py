@@ -5,14 +5,14 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
-from transformers import Trainer
 
 from vcore_kernels import dft_loss, weighted_linear_nll
+from vcore_train.base_trainer import OwnLosses
 from vcore_train.checkpoint import load_state, save_state, under_prefix, with_prefix
 from vcore_train.collators import model_inputs
 from vcore_train.config import VcoreOptions
@@ -44,16 +44,11 @@ from vcore_train.utilities import (
 )
 from vcore_train.weighting import weigh
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
-
 logger = logging.getLogger("vcore_train")
 Batch = dict[str, Any]
 
 
-class VcoreMixin(_Trainer):
+class VcoreMixin(OwnLosses):
     """Makes a trainer weigh tokens; to be put before a subclass of ``transformers.Trainer``::
 
         class MyVcoreTrainer(VcoreMixin, MyTrainer): ...
@@ -105,9 +100,6 @@ class VcoreMixin(_Trainer):
                 f"{type(self).__name__}: args must have VcoreOptions, got "
                 f"{type(self.args).__name__}. Make them with vcore_train.with_vcore_options."
             )
-        # Whatever the model's own loss does, the ones here take num_items_in_batch.
-        self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
         self._processes = Processes.all()
         self._check_model()
@@ -129,11 +121,6 @@ class VcoreMixin(_Trainer):
             self._sampler = self._probe_sampler()
 
     # ---- construction ----
-
-    def _unwrapped(self, model: nn.Module | None = None) -> nn.Module:
-        """The model (by default the trained one) out of DDP and its like."""
-        model = self.model if model is None else model
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
 
     def _check_model(self) -> None:
         model, args, owner = self._unwrapped(), self.args, type(self).__name__
@@ -225,10 +212,6 @@ class VcoreMixin(_Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._forwards = {}  # after an interruption they would keep their graphs
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        # Accelerate puts autocast around the model's forward alone; the losses here go past it.
-        return self.accelerator.autocast()
 
     # ---- one optimizer step ----
 

@@ -11,9 +11,9 @@ from typing import get_args
 import pytest
 import torch
 import transformers
+from command import vcore, write_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vcore_train import commands, config, models, run_log
-from vcore_train.arithmetic import generate_problems
 from vcore_train.cli import main
 from vcore_train.commands import train
 from vcore_train.config import VcoreConfig
@@ -33,17 +33,7 @@ def other_libraries_speak_again():
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = ({"prompt": p.prompt, "response": p.response} for p in generate_problems(40))
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)
-
-
-def vcore(*arguments):
-    """The exit code of ``vcore`` with these arguments."""
-    with pytest.raises(SystemExit) as exited:
-        main([str(argument) for argument in arguments])
-    return exited.value.code or 0
+    return write_problems(tmp_path_factory.mktemp("data") / "problems.jsonl", 40)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,8 @@ from typing import get_type_hints
 import pytest
 import torch
 import yaml
+from command import vcore, write_problems
 from safetensors.torch import load_file
-from vcore_train.arithmetic import generate_problems
-from vcore_train.cli import main
 from vcore_train.commands import train
 from vcore_train.config_file import RECORD, read_options, written_options
 
@@ -18,16 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "launch"
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = ({"prompt": p.prompt, "response": p.response} for p in generate_problems(20))
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return str(path)
-
-
-def vcore(*arguments):
-    with pytest.raises(SystemExit) as exited:
-        main([str(argument) for argument in arguments])
-    return exited.value.code or 0
+    return write_problems(tmp_path_factory.mktemp("data") / "problems.jsonl", 20)
 
 
 def written(folder, content, name="run.yaml"):

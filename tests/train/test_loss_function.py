@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import CONFIGS, padded_batch, tiny_model, with_lora
-from training import example_rows, logged, make_trainer, parameters, qwen3
+from training import SHORT, example_rows, logged, make_trainer, parameters, qwen3
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from vcore_train import descent_direction, token_utilities, vcore_loss_func
 from vcore_train.loss_function import head_gradient, head_utility
@@ -83,24 +83,7 @@ def test_weights_of_each_direction(direction):
 
 
 def trained(folder, function, *, output_hidden_states=False, model=None, **options):
-    args = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "per_device_train_batch_size": 4,
-            "max_steps": 3,
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "optim": "sgd",
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "seed": 7,
-            **options,
-        }
-    )
+    args = TrainingArguments(**{**SHORT, "output_dir": str(folder), **options})
     model = qwen3() if model is None else model
     model.config.output_hidden_states = output_hidden_states
     trainer = Trainer(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import with_lora
-from training import example_rows, logged, parameters, qwen3
+from training import SHORT, example_rows, logged, parameters, qwen3
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -43,23 +43,8 @@ COLLATORS = {
 }
 
 
-PLAIN = {
-    "per_device_train_batch_size": 4,
-    "max_steps": 3,
-    "learning_rate": 0.1,
-    "optim": "sgd",
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "seed": 7,
-}
-
-
 def arguments(folder, **options):
-    return TrainingArguments(**{**PLAIN, "output_dir": str(folder), **options})
+    return TrainingArguments(**{**SHORT, "output_dir": str(folder), **options})
 
 
 def dataset(count=16):
@@ -122,7 +107,7 @@ def test_each_method_is_that_of_vcore_trainer(tmp_path, method, rows):
     data = [{**row, "note": "x"} for row in example_rows()] if rows == "list" else dataset()
     options = {"method": method, "kl_budget": 0.1, "seed": 11, "max_steps": 2}
     ours = train(tmp_path, data=data, **options)
-    args = VcoreConfig(**{**PLAIN, "output_dir": str(tmp_path), **options})
+    args = VcoreConfig(**{**SHORT, "output_dir": str(tmp_path), **options})
     theirs = Reference(qwen3(), args, train_dataset=example_rows())
     theirs.train()
     assert_same(ours, theirs)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import vcore
 from ranks import run_ranks
 from test_sharding import LINEAR, shard
 from tiny import padded_batch, tiny_model, with_lora
@@ -11,7 +12,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from vcore_train import descent_direction, token_utilities
-from vcore_train.cli import main
 from vcore_train.modeling import head_of, hidden_states, supervised_labels
 from vcore_train.scale import Precision, Unit, activations, empty_model, memory, traffic, units_of
 from vcore_train.sharding import within_forward
@@ -200,12 +200,6 @@ def test_activations_shrink_with_context_ranks():
     one, four = activations(config, 1024), activations(config, 1024, context_ranks=4)
     assert all(one[name] == 4 * four[name] for name in one)
     assert isinstance(empty_model(config), nn.Module)
-
-
-def vcore(*arguments):
-    with pytest.raises(SystemExit) as end:
-        main([*map(str, arguments)])
-    return end.value.code
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from ranks import run_ranks
 from tiny import tiny_model
-from training import logged, parameters
+from training import SHORT, logged, parameters
 from vcore_train.tokenizer import END, train_tokenizer
 
 trl = pytest.importorskip("trl")
@@ -84,21 +84,12 @@ SETTINGS = {
 
 def options_of(folder, **options):
     return {
+        **SHORT,
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "max_steps": 3,
         "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "bf16": False,
-        "seed": 7,
         **options,
     }
 

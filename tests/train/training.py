@@ -20,24 +20,26 @@ def qwen3(**options):
     return tiny_model("qwen3", **options)
 
 
+# Plain SGD: updates are proportional to gradients.
+SHORT = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "seed": 7,
+}
+
+
 def make_trainer(folder, *, model=None, rows=None, eval_rows=None, callbacks=None, **options):
-    """A trainer, with plain SGD unless told otherwise: updates are proportional to gradients."""
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
-        **options,
-    }
+    """A trainer of a SHORT run unless told otherwise."""
+    options = {**SHORT, "output_dir": str(folder), **options}
     return VcoreTrainer(
         qwen3() if model is None else model,
         VcoreConfig(**options),
