@@ -65,4 +65,5 @@ for step in range(8):
     loss = Processes(group).sum(loss.detach())
     if dist.get_rank() == 0:
         print(f"step {step}: loss {loss:.4f}, alpha {weighted.alpha:.3f}", flush=True)
+del group  # gloo's threads must end before Python does
 dist.destroy_process_group()

@@ -1,21 +1,34 @@
 """What the processes that share an optimizer step tell each other: sums and short vectors."""
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Processes:
     """A process group; without one (``group=None``) a process alone, which waits for nobody.
 
-    Every process of the group calls the same methods in the same order.
+    Every process of the group calls the same methods in the same order. The group is not kept
+    alive: where one lives until Python exits, gloo's threads do too, and the process may abort.
     """
 
-    group: dist.ProcessGroup | None = None
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self._group = None if group is None else weakref.ref(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """RuntimeError where it has been destroyed."""
+        if self._group is None:
+            return None
+        group = self._group()
+        if group is None:
+            raise RuntimeError(
+                "Processes: the process group was destroyed. Make one for the new group."
+            )
+        return group
 
     @classmethod
     def all(cls) -> "Processes":

@@ -5,22 +5,18 @@ iteration has the same samples for all, the first stage included, and the same o
 Reinforce-Ada may stop before its budget is spent, and one control shows what more steps do alone.
 """
 
-import multiprocessing
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.trainer_callback import PrinterCallback
 
 from vcore_kernels.allocation import RULES_BY_RATE
 from vcore_train.arithmetic import Problem
-from vcore_train.console import quiet_other_libraries
 from vcore_train.experiments.gvm_arms import ARMS, Arm
 from vcore_train.experiments.gvm_report import plot, tables
 from vcore_train.experiments.gvm_start import (
@@ -33,6 +29,7 @@ from vcore_train.experiments.gvm_start import (
     variance_record,
 )
 from vcore_train.experiments.setting import Context
+from vcore_train.experiments.workers import workers
 from vcore_train.gvm.config import GvmConfig
 from vcore_train.gvm.store import IterationStore
 from vcore_train.gvm.trainer import ROLLOUTS, GvmTrainer
@@ -183,7 +180,7 @@ def measure(context: Context) -> dict[str, Any]:
     seeds = list(context.seeds)
     weights = {seed: start_file(context.out, setting, seed) for seed in seeds}
     result: dict[str, list[dict[str, Any]]] = {"starts": [], "runs": [], "variance": []}
-    with _workers() as pool:
+    with workers() as pool:
         first = [pool.submit(make_start, setting, seed, weights[seed]) for seed in seeds]
         place: dict[Future[dict[str, Any]], str] = {}
         with context.task("Starts", len(seeds)) as advance:
@@ -199,21 +196,3 @@ def measure(context: Context) -> dict[str, Any]:
     result["runs"].sort(key=lambda run: (run["seed"], order.index(run["arm"])))
     result["variance"].sort(key=lambda record: record["seed"])
     return result
-
-
-@contextmanager
-def _workers() -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(
-        torch.get_num_threads(),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_prepare_worker,
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _prepare_worker() -> None:
-    quiet_other_libraries()
-    torch.set_num_threads(1)
