@@ -6,7 +6,10 @@ A study is one module here and one line in ``STUDIES``. It has two settings, ``F
 * ``measure(context) -> dict``: plain data for JSON, with a :class:`~.setting.Context` that gives
   the trained models, the data and the progress bars;
 * ``tables(result) -> list[Table]``: what of it a reader looks at (:mod:`~.report`);
-* ``plot(result, path)``: the same at a glance, as PNG.
+* ``plot(result, path)``: the same at a glance, as PNG;
+
+and, where it has them, ``records(result) -> list[dict]``, the rows of a CSV file, and
+``reading(result) -> list[str]``, sentences on what came out, every one with its figure.
 
 A study on other data than the shared rows says so in ``DATA``.
 """

@@ -1,5 +1,8 @@
-"""What a study leaves behind: NAME.json with all figures, NAME.md with its tables, NAME.png."""
+"""What a study leaves behind: NAME.json with all figures, NAME.md with its tables, NAME.png; where
+the study has records, NAME.csv.
+"""
 
+import csv
 import importlib.metadata
 import json
 import math
@@ -53,6 +56,8 @@ def write_report(
     tables: Sequence[Table],
     out: Path,
     *,
+    records: Sequence[dict[str, Any]] = (),
+    reading: Sequence[str] = (),
     command: str,
     setting: dict[str, Any],
     data: str,
@@ -62,7 +67,8 @@ def write_report(
     """Writes ``out/name.json`` and ``out/name.md``; returns what is in the JSON.
 
     ``result``: plain data; tensors must have become numbers. The file keeps six
-    digits, and null for NaN and infinities.
+    digits, and null for NaN and infinities. ``records``: rows of ``out/name.csv``, which have the
+    same keys. ``reading``: sentences on what the figures say, a paragraph of the Markdown.
     """
     record = {
         "study": name,
@@ -81,6 +87,7 @@ def write_report(
     parts = [
         f"# {name}: {question}",
         f"![{name}]({name}.png)",
+        *([" ".join(reading)] if reading else []),
         *(table.markdown() for table in tables),
         f"`{command}`; data: {data}; {size}; {seconds / 60:.1f} minutes ({cpu_seconds / 60:.1f} of "
         f"CPU time) with {torch.get_num_threads()} threads; "
@@ -88,6 +95,11 @@ def write_report(
         + ". ± is the half-width of a 95% t interval over seeds.",
     ]
     (out / f"{name}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if records:
+        with open(out / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(_plain(list(records)))
     return record
 
 

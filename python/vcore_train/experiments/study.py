@@ -1,4 +1,4 @@
-"""Runs one study from its options to its three files."""
+"""Runs one study from its options to its files."""
 
 import importlib
 import os
@@ -43,7 +43,7 @@ class StudyOptions:
 
 
 def run_study(name: str, options: StudyOptions, console: Console) -> dict[str, Any]:
-    """Measures, writes ``NAME.json``, ``NAME.md`` and ``NAME.png``, prints the tables.
+    """Measures, writes ``NAME.json``, ``NAME.md``, ``NAME.png`` and the CSV, prints the tables.
 
     Returns what the JSON holds. User mistakes raise ValueError or OSError before any training.
     """
@@ -61,12 +61,15 @@ def run_study(name: str, options: StudyOptions, console: Console) -> dict[str, A
         result = study.measure(context)
     tables: Sequence[Any] = study.tables(result)
     study.plot(result, options.out / f"{name}.png")
+    reading = study.reading(result) if hasattr(study, "reading") else []
     record = write_report(
         name,
         STUDIES[name],
         result,
         tables,
         options.out,
+        records=study.records(result) if hasattr(study, "records") else [],
+        reading=reading,
         command=options.command(name),
         setting=asdict(setting),
         data=options.data.name if options.data else getattr(study, "DATA", "generated arithmetic"),
@@ -74,9 +77,11 @@ def run_study(name: str, options: StudyOptions, console: Console) -> dict[str, A
         cpu_seconds=_cpu_seconds() - cpu,
     )
     show(tables, console)
+    if reading:
+        console.print(" ".join(reading))
     if options.quick:
         console.print("--quick: the figures only show that everything runs.")
-    console.print(f"{name}.json, {name}.md and {name}.png: [bold]{options.out}[/]", soft_wrap=True)
+    console.print(f"{name}.md, .png and the figures: [bold]{options.out}[/]", soft_wrap=True)
     return record
 
 
