@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vcore_kernels.segments import check_mask, check_values
 from vcore_kernels.sft_loss import divide_by_items
+from vcore_kernels.spans import spanned
 
 
 class Aggregation(NamedTuple):
@@ -24,6 +25,7 @@ AGGREGATIONS = {
 }
 
 
+@spanned
 def aggregation_items(mask: Tensor, aggregation: str) -> Tensor:
     """What ``num_items`` of :func:`raft_loss` and :func:`grpo_loss` counts, in this batch.
 

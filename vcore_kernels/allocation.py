@@ -17,6 +17,7 @@ from vcore_kernels._apportion import (
 )
 from vcore_kernels.gvm_allocate import gvm_allocate
 from vcore_kernels.segments import check_integers
+from vcore_kernels.spans import spanned
 
 
 class Evidence(NamedTuple):
@@ -143,6 +144,7 @@ ALLOCATION_RULES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@spanned
 def allocate(
     rule: str,
     budget: int,

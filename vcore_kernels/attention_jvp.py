@@ -10,6 +10,7 @@ from vcore_kernels._head import autocast_to
 from vcore_kernels._library import define, no_derivative
 from vcore_kernels.backends import reference_attention, resolve, triton
 from vcore_kernels.segments import check_offsets
+from vcore_kernels.spans import spanned
 
 
 def _empty_output(q: Tensor, v: Tensor) -> Tensor:
@@ -32,6 +33,7 @@ no_derivative("attention_jvp")
 triton.implement("attention_jvp", "attention_jvp")
 
 
+@spanned
 def attention_jvp(
     q: Tensor,
     k: Tensor,

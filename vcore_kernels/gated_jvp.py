@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vcore_kernels._library import define, no_derivative
 from vcore_kernels.backends import reference_rows, resolve
+from vcore_kernels.spans import spanned
 
 
 def _fake(gate, up, *_):
@@ -23,6 +24,7 @@ no_derivative("gated_jvp")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
+@spanned
 def gated_jvp(
     gate: Tensor,
     up: Tensor,

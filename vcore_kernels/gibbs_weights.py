@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vcore_kernels._gibbs import gibbs_statistics, resolve_rule
 from vcore_kernels.segments import check_values, make_segments
+from vcore_kernels.spans import spanned
 
 
 class GibbsWeights(NamedTuple):
@@ -20,6 +21,7 @@ class GibbsWeights(NamedTuple):
     finite: Tensor  # bool [S] False where a supervised utility is NaN or infinite: uniform weights
 
 
+@spanned
 def gibbs_weights(
     utility: Tensor,
     *,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import check_integers, check_values, segment_max, segment_sum
+from vcore_kernels.spans import spanned
 
 SCALES = ("group", "batch", "none")
 
@@ -27,6 +28,7 @@ class _Groups(NamedTuple):
     constant: Tensor  # bool [S]
 
 
+@spanned
 def grpo_advantages(
     reward: Tensor, group: Tensor, *, scale: str = "group", eps: float = 1e-6
 ) -> Tensor:
@@ -72,6 +74,7 @@ def grpo_advantages(
     return advantage.to(statistics_dtype(reward.dtype))
 
 
+@spanned
 def group_metrics(reward: Tensor, group: Tensor) -> GroupMetrics:
     """How many groups there are, and how many of them teach nothing, for the metrics of a step.
 

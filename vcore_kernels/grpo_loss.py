@@ -15,8 +15,10 @@ from vcore_kernels._policy import (
 )
 from vcore_kernels.aggregation import aggregate, check_rows, find_aggregation
 from vcore_kernels.segments import check_values
+from vcore_kernels.spans import spanned
 
 
+@spanned
 def grpo_loss(
     logp: Tensor,
     old_logp: Tensor | None,

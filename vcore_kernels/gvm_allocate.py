@@ -11,8 +11,10 @@ from vcore_kernels._apportion import (
     check_prompts,
     check_rates,
 )
+from vcore_kernels.spans import spanned
 
 
+@spanned
 def gvm_allocate(
     grad_norm: Tensor,
     accept_rate: Tensor,

@@ -6,8 +6,10 @@ from torch import Tensor
 from vcore_kernels._apportion import check_budget, check_prompts, check_rates
 from vcore_kernels.gvm_allocate import gvm_weights
 from vcore_kernels.segments import check_integers
+from vcore_kernels.spans import spanned
 
 
+@spanned
 def gvm_variance(
     grad_rms: Tensor, mean_grad_norm: Tensor, accept_rate: Tensor, counts: Tensor
 ) -> Tensor:
@@ -44,6 +46,7 @@ def gvm_variance(
     return (once / n).where((p > 0) & (rms > 0), 0).nan_to_num(nan=0.0, posinf=torch.inf)
 
 
+@spanned
 def gvm_variance_bound(
     grad_norm: Tensor,
     accept_rate: Tensor,

@@ -7,10 +7,12 @@ from torch import Tensor
 from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import check_values, make_segments, segment_sum
 from vcore_kernels.sft_loss import weighted_sum
+from vcore_kernels.spans import spanned
 
 CLIP = {"sequence": (0.0, 16.0), "token": (0.2, 1.8)}
 
 
+@spanned
 def iw_sft_loss(
     nll: Tensor,
     ref_logp: Tensor,

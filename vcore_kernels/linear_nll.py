@@ -16,6 +16,7 @@ from vcore_kernels._head import (
 )
 from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
+from vcore_kernels.spans import spanned
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -99,6 +100,7 @@ define(
 differentiable("linear_nll", _LinearNll, _ops.linear_nll_forward)
 
 
+@spanned
 def linear_nll(
     hidden: Tensor,
     weight: Tensor,

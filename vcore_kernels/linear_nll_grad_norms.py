@@ -8,6 +8,7 @@ from vcore_kernels._library import LIBRARY, define, no_derivative
 from vcore_kernels.backends import reference, resolve, triton
 from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import make_segments
+from vcore_kernels.spans import spanned
 
 
 def _fake(hidden, weight, target, bias, offsets, length, softcap, scale, ignore_index):
@@ -31,6 +32,7 @@ for _name in ("linear_nll_grad_norms", "linear_nll_grad_norms_reference"):
 triton.implement("head_norms", "linear_nll_grad_norms")
 
 
+@spanned
 def linear_nll_grad_norms(
     hidden: Tensor,
     weight: Tensor,

@@ -7,11 +7,13 @@ from torch import Tensor
 from vcore_kernels import vocab_parallel
 from vcore_kernels._head import HeadOptions
 from vcore_kernels._two_points import Second, two_points
+from vcore_kernels.spans import spanned
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+@spanned
 def linear_nll_jvp(
     hidden: Tensor,
     weight: Tensor,

@@ -5,8 +5,10 @@ from torch import Tensor
 from vcore_kernels import vocab_parallel
 from vcore_kernels._head import HeadOptions
 from vcore_kernels._two_points import Second, two_points
+from vcore_kernels.spans import spanned
 
 
+@spanned
 def linear_nll_pair(
     hidden: Tensor,
     hidden_perturbed: Tensor,

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vcore_kernels._library import define
 from vcore_kernels.backends import reference_perturb as reference
 from vcore_kernels.backends import resolve, triton
+from vcore_kernels.spans import span, spanned
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -101,6 +102,7 @@ def _kernels(backend: str) -> Any:
 # ---- public functions ----
 
 
+@spanned
 @torch.no_grad()
 def perturb_(
     params: Iterable[Tensor],
@@ -202,6 +204,7 @@ def _move(
             kernels.perturb_(params, direction, saved, epsilon, seed, on_device)
 
 
+@spanned
 @torch.no_grad()
 def restore_(perturbation: Perturbation) -> None:
     """Puts the parameters of a :func:`perturb_` back, bit for bit.
@@ -292,7 +295,7 @@ def perturbed(
     """
     made: list[Perturbation] = []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), span("perturb_"):
             _perturb(
                 made, params, direction, epsilon, rounding, consume_direction, generator, backend
             )
@@ -485,7 +488,7 @@ def _check_counts(perturbation: Perturbation, counts: Tensor, rounding: Rounding
 
 def _level_outside() -> int:
     """The stacklevel at which warnings.warn names the caller of this module's public functions."""
-    inside = (__name__, "contextlib", "torch.utils._contextlib")
+    inside = (__name__, "contextlib", "torch.utils._contextlib", "vcore_kernels.spans")
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__") in inside:
         frame, level = frame.f_back, level + 1

@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from vcore_kernels.segments import check_integers, check_mask, check_values
+from vcore_kernels.spans import spanned
 
 PROMPT_WEIGHTINGS = ("lemma1", "algorithm1", "token_mean")
 
 
+@spanned
 def prompt_weights(
     group: Tensor,
     weighting: str = "lemma1",

@@ -10,8 +10,10 @@ from vcore_kernels._policy import (
     without_left_out,
 )
 from vcore_kernels.aggregation import aggregate, check_rows, find_aggregation
+from vcore_kernels.spans import spanned
 
 
+@spanned
 def raft_loss(
     logp: Tensor,
     old_logp: Tensor | None,

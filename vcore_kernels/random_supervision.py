@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from vcore_kernels.segments import check_mask, make_segments, segment_sum
+from vcore_kernels.spans import spanned
 
 
+@spanned
 def random_supervision(
     mask: Tensor,
     keep: float,

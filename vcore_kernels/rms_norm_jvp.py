@@ -9,6 +9,7 @@ from torch import Tensor
 from vcore_kernels._library import define, no_derivative
 from vcore_kernels.backends import reference_rows, resolve
 from vcore_kernels.backends.reference import statistics_dtype
+from vcore_kernels.spans import spanned
 
 
 def _fake(x, weight, dx, dweight, eps, out_dtype):
@@ -23,6 +24,7 @@ define(
 no_derivative("rms_norm_jvp")
 
 
+@spanned
 def rms_norm_jvp(
     x: Tensor,
     weight: Tensor,

@@ -4,8 +4,10 @@ from torch import Tensor
 
 from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import check_mask, check_values
+from vcore_kernels.spans import spanned
 
 
+@spanned
 def sft_loss(
     nll: Tensor, *, mask: Tensor | None = None, num_items: int | Tensor | None = None
 ) -> Tensor:

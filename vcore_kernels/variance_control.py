@@ -8,10 +8,12 @@ from torch import Tensor
 from vcore_kernels._gibbs import utility_variance
 from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import check_values, make_segments, segment_max, segment_sum
+from vcore_kernels.spans import spanned
 
 MODES = ("utility", "trajectory", "ess", "loss", "none")
 
 
+@spanned
 def variance_control(
     utility: Tensor,
     q: Tensor,

@@ -8,6 +8,7 @@ from vcore_kernels._gibbs import gibbs_statistics, resolve_rule
 from vcore_kernels.backends.reference import statistics_dtype
 from vcore_kernels.segments import check_values, make_segments
 from vcore_kernels.sft_loss import weighted_sum
+from vcore_kernels.spans import spanned
 from vcore_kernels.variance_control import (
     alpha_from_ess,
     alpha_from_loss,
@@ -30,6 +31,7 @@ class VcoreLoss(NamedTuple):
     finite: Tensor  # bool [S] False where a supervised utility is NaN or infinite: uniform weights
 
 
+@spanned
 def vcore_loss(
     nll: Tensor,
     utility: Tensor,

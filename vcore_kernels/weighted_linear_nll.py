@@ -17,6 +17,7 @@ from vcore_kernels._head import (
 )
 from vcore_kernels._library import define, differentiable
 from vcore_kernels.backends import reference, resolve
+from vcore_kernels.spans import spanned
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,6 +91,7 @@ define(
 differentiable("weighted_linear_nll", _WeightedLinearNll, _WeightedLinearNll.forward)
 
 
+@spanned
 def weighted_linear_nll(
     hidden: Tensor,
     weight: Tensor,

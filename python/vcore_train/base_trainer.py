@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from vcore_kernels.spans import span
 from vcore_train.checkpoint import recover, staged_folder
 from vcore_train.modeling import trainable_parameters
 
@@ -36,6 +37,10 @@ class OwnLosses(_Trainer):
         """The model (by default the trained one) out of DDP and its like."""
         model = self.model if model is None else model
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        with span("clip"):
+            return super()._clip_grad_norm(model)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         # Accelerate puts autocast around the model's forward alone.

@@ -5,7 +5,13 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from vcore_train import experiment_commands, gvm_commands
+from vcore_train import (
+    bench_commands,
+    eval_commands,
+    experiment_commands,
+    gvm_commands,
+    profile_commands,
+)
 from vcore_train.command_options import (
     DATA,
     MODEL,
@@ -43,6 +49,9 @@ app = typer.Typer(
 )
 app.add_typer(experiment_commands.app, name="experiment")
 app.add_typer(gvm_commands.app, name="gvm")
+app.command()(bench_commands.bench)
+app.command(name="eval")(eval_commands.evaluate)
+app.command()(profile_commands.profile)
 
 
 @app.callback()
@@ -258,13 +267,14 @@ def train(
         option("Probe batches in the first update of direction ema.", panel=WEIGHTS, default="1"),
     ] = None,
     reuse_forward: Annotated[
-        bool,
+        bool | None,
         option(
             "Train by the probe's forward pass, not by a second one.",
-            "--reuse-forward",
+            "--reuse-forward/--no-reuse-forward",
             panel=WEIGHTS,
+            default="where it takes little memory",
         ),
-    ] = False,
+    ] = None,
     # others
     random_keep: Annotated[
         float | None,
@@ -369,7 +379,7 @@ def train(
         "probe_max_norm": probe_max_norm,
         "ema_decay": ema_decay,
         "ema_warmup": ema_warmup,
-        "reuse_forward": reuse_forward or None,
+        "reuse_forward": reuse_forward,
         "random_keep": random_keep,
         "iw_level": iw_level,
         "iw_temp": iw_temp,

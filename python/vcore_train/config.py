@@ -74,7 +74,9 @@ class VcoreOptions(_Arguments):
             forward pass of each weighted step; the gradients are the same. The activations of all
             micro-batches of a step are then kept at once: accumulation saves no memory, unless
             gradient checkpointing is on. Needs ``utility_method="jvp"``, one process, and a model
-            without any dropout. See :mod:`vcore_train.reuse`.
+            without any dropout; True raises where it cannot be. None does it where it can be and
+            takes little memory: without accumulation, checkpointing and torch_compile. See
+            :mod:`vcore_train.reuse`.
 
     Which weights (method ``"vcore"``):
         kl_budget, temperature, tau: at most one of the three. ``kl_budget`` (nats) takes the
@@ -144,8 +146,12 @@ class VcoreOptions(_Arguments):
     ema_warmup: int = field(
         default=1, metadata={"help": "Probe batches in the first update of direction ema."}
     )
-    reuse_forward: bool = field(
-        default=False, metadata={"help": "Train by the probe's forward pass, not by a second one."}
+    reuse_forward: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train by the probe's forward pass, not by a second one (default: where that "
+            "takes little memory)."
+        },
     )
     random_keep: float = field(
         default=0.2, metadata={"help": "Supervised share of a response for method random."}
@@ -187,9 +193,11 @@ class VcoreOptions(_Arguments):
         ):
             if getattr(self, name) not in allowed:
                 raise self._error(name, getattr(self, name), "one of " + ", ".join(allowed))
-        for name in ("probe_replacement", "direction_precondition", "reuse_forward"):
+        for name in ("probe_replacement", "direction_precondition"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(name, getattr(self, name), "True or False")
+        if not (self.reuse_forward is None or isinstance(self.reuse_forward, bool)):
+            raise self._error("reuse_forward", self.reuse_forward, "True, False or None")
         params: object = self.direction_params
         items = params.split(",") if isinstance(params, str) else params
         if (

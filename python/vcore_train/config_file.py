@@ -17,10 +17,12 @@ HEADER = "# The options of the run in this folder, written by vcore train.\n"
 NOT_RECORDED = ("config", "resume", "overwrite")
 
 
-def read_options(path: Path, types_of: Mapping[str, Any]) -> dict[str, Any]:
+def read_options(
+    path: Path, types_of: Mapping[str, Any], command: str = "vcore train"
+) -> dict[str, Any]:
     """The options in a YAML (``.yaml``, ``.yml``) or JSON (``.json``) file, by parameter name.
 
-    ``types_of``: the parameters of the command and their annotations. Keys are spelt as on the
+    ``types_of``: the parameters of the ``command`` and their annotations. Keys are spelt as on the
     command line, with dashes or underscores. None (``null``) stands for an option not given.
 
     Raises ValueError or OSError naming the file, the key and the nearest valid one.
@@ -30,7 +32,7 @@ def read_options(path: Path, types_of: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in _content(path).items():
         option = str(key).replace("_", "-")
         if option not in names:
-            raise ValueError(f"{path}: {_unknown(str(key), option, list(names))}")
+            raise ValueError(f"{path}: {_unknown(str(key), option, list(names), command)}")
         name = names[option]
         if name in options:
             raise ValueError(f"{path}: {key} is given twice. Drop one of them.")
@@ -115,11 +117,11 @@ def _content(path: Path) -> dict:
     return content
 
 
-def _unknown(key: str, option: str, known: list[str]) -> str:
+def _unknown(key: str, option: str, known: list[str], command: str) -> str:
     if option == "config":
         return "config: a file of options does not name another. Drop it."
     nearest = difflib.get_close_matches(option, known, n=1)
-    hint = f"Did you mean {nearest[0]}?" if nearest else "vcore train --help lists the options."
+    hint = f"Did you mean {nearest[0]}?" if nearest else f"{command} --help lists the options."
     return f"no option is called {key!r}. {hint}"
 
 

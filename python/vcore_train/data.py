@@ -2,9 +2,10 @@
 
 A row is a prompt and a response. Their fields are named by the caller or recognised from the first
 row: GSM8K's ``question``/``answer``, ``prompt`` with ``response`` or ``completion``,
-``instruction``/``output``, ``problem``/``solution``, or a conversation in ``messages`` whose last
-turn, the assistant's, is the response. A dotted name, ``reward_model.ground_truth``, reaches inside
-a field. Every complaint about a row names the file and the row.
+``instruction``/``output``, ``problem``/``solution``, OpenMathReasoning's ``problem`` with
+``generated_solution``, or a conversation in ``messages`` whose last turn, the assistant's, is the
+response. A dotted name, ``reward_model.ground_truth``, reaches inside a field. Every complaint about
+a row names the file and the row.
 """
 
 import json
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 ANSWER_MARK = "####"
 PROMPT_FIELDS = ("prompt", "question", "instruction", "problem", "query", "input")
-RESPONSE_FIELDS = ("response", "completion", "solution", "output", "answer", "target")
+RESPONSE_FIELDS = (
+    *("response", "completion", "solution", "generated_solution", "output", "answer", "target"),
+)
 CONVERSATION_FIELDS = ("messages", "conversation", "conversations")
 TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 ROWS_AT_ONCE = 1000  # taken out of a table; one at a time is 25 times slower

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -75,6 +75,15 @@ app = typer.Typer(
 )
 
 
+def options_of_file(context: typer.Context, value: Path | None) -> Path | None:
+    """Takes the options in the file as defaults, so that the command line wins."""
+    if value is not None:
+        from vcore_train.config_file import read_options
+
+        context.default_map = read_options(value, get_type_hints(train), "vcore gvm")
+    return value
+
+
 @app.command()
 def train(
     prompts: Annotated[
@@ -85,6 +94,15 @@ def train(
         ),
     ],
     model: Annotated[str, option("The policy to start from: path or name.", panel=MODEL)],
+    config: Annotated[
+        Path | None,
+        option(
+            "YAML or JSON file of these options (prompts: and model: too); the command line wins. "
+            "Paths in it are relative to the working directory.",
+            is_eager=True,
+            callback=options_of_file,
+        ),
+    ] = None,
     out: Annotated[Path, option("Folder for model, rollouts, metrics, plots.")] = Path("gvm-out"),
     resume: Annotated[
         bool, option("Continue the run in --out; nothing is sampled twice.", "--resume")

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from vcore_kernels import dft_loss, weighted_linear_nll
+from vcore_kernels.spans import span
 from vcore_train.base_trainer import OwnLosses
 from vcore_train.checkpoint import load_state, save_state, under_prefix, with_prefix
 from vcore_train.collators import model_inputs
@@ -33,7 +33,12 @@ from vcore_train.parameter_choice import chosen_parameters
 from vcore_train.probe_sampler import ProbeSampler
 from vcore_train.processes import Processes
 from vcore_train.random_labels import random_labels
-from vcore_train.reuse import ForwardWithUtilities, check_reusable, forward_with_utilities
+from vcore_train.reuse import (
+    ForwardWithUtilities,
+    check_reusable,
+    checkpointed_layers,
+    forward_with_utilities,
+)
 from vcore_train.sharding import is_sharded, within_forward
 from vcore_train.supervised import SupervisedTokens
 from vcore_train.utilities import (
@@ -77,7 +82,7 @@ class VcoreMixin(OwnLosses):
     ``tau``, ``kl`` (nats) and ``ess`` (means over trajectories), ``alpha``, ``utility_mean``,
     ``utility_std``, ``utility_snr`` (of the difference methods, in the first micro-batch of a step:
     :mod:`vcore_train.differences`), ``probe_time_share`` (of the time of probes and training
-    passes; with ``reuse_forward`` the forward pass of the training counts as probe); and as totals
+    passes; where the probe's forward pass is reused, it counts as probe); and as totals
     of the run ``supervised_tokens``, ``fallback_steps``, ``saturated`` (trajectories whose KL
     budget could not be reached).
 
@@ -111,7 +116,8 @@ class VcoreMixin(OwnLosses):
             self.metrics.totals |= {"fallback_steps": 0, "saturated": 0}
         self._step_batches: list[Batch] = []
         self._step_weights: list[Tensor] | None = None
-        self._forwards: dict[int, ForwardWithUtilities] = {}  # by position, with reuse_forward
+        self._reuses_forward = self._reuse()
+        self._forwards: dict[int, ForwardWithUtilities] = {}  # by position, where it is reused
         self._position = 0  # of the micro-batch in its optimizer step
         self._drawn = 0  # micro-batches read for the step
         self._step_start = 0.0
@@ -163,6 +169,27 @@ class VcoreMixin(OwnLosses):
                 "the uniform loss; direction_precondition=True gives it Adam's metric.",
                 args.direction,
             )
+
+    def _reuse(self) -> bool:
+        """Whether the forward pass of the probe is that of the training, too."""
+        args, model = self.args, self._unwrapped()
+        if args.method != "vcore" or args.reuse_forward is not None:
+            return bool(args.reuse_forward)
+        if (
+            args.utility_method != "jvp"
+            or self._processes.count > 1
+            or args.gradient_accumulation_steps > 1
+            or args.gradient_checkpointing
+            or checkpointed_layers(model)
+            or args.torch_compile
+        ):
+            return False
+        try:
+            check_reusable(model)
+        except ValueError as reason:
+            logger.info("Weighted steps run the model forward twice. %s", reason)
+            return False
+        return True
 
     def _probe_sampler(self) -> ProbeSampler | None:
         """None where the direction needs no probe batch but in the beginning."""
@@ -248,7 +275,7 @@ class VcoreMixin(OwnLosses):
             self._check_wrapped(model)
             self._step_start = self._clock()
             self._begin_step(num_items_in_batch)
-        with record_function("vcore::training_pass"):
+        with span("training_pass"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._position += 1
         if self._position == len(self._step_batches):
@@ -349,11 +376,11 @@ class VcoreMixin(OwnLosses):
             return None  # nothing to weigh, or no direction yet: a stream serves no probe batch
         try:
             with self.compute_loss_context_manager():
-                with record_function("vcore::direction"):
+                with span("direction"):
                     direction = self._schedule.direction(
                         self.state.global_step, model, self.optimizer, self._probe_batches
                     )
-                with record_function("vcore::utilities"):
+                with span("utilities"):
                     pairs = [
                         self._utilities(model, model_inputs(batch), direction, position)
                         for position, batch in enumerate(batches)
@@ -361,7 +388,7 @@ class VcoreMixin(OwnLosses):
         except NonFiniteDirectionError as error:
             self._fall_back(str(error))
             return None
-        with record_function("vcore::weights"):
+        with span("weights"):
             result = weigh(
                 self.args,
                 tokens,
@@ -383,7 +410,7 @@ class VcoreMixin(OwnLosses):
     def _utilities(
         self, model: nn.Module, inputs: Batch, direction: Direction, position: int
     ) -> TokenUtilities:
-        if self.args.reuse_forward:
+        if self._reuses_forward:
             forward = forward_with_utilities(model, inputs, direction)
             self._forwards[position] = forward
             return TokenUtilities(forward.utility, forward.nll)

@@ -85,7 +85,7 @@ def new_model(
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with a padding token."""
-    _check_place(name)
+    check_place(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -103,7 +103,7 @@ def load_model(
     ``bf16``: it will run under bfloat16 autocast. ``cpu``: it will not run on a GPU. With both see
     :func:`fused_attention`.
     """
-    _check_place(name)
+    check_place(name)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}.")
     options: dict[str, Any] = {"dtype": DTYPES.get(dtype, dtype)}
@@ -131,7 +131,7 @@ def fused_attention(name: str, *, dtype: str, bf16: bool) -> bool:
     return bool(getattr(kind, "_supports_flash_attn", False))
 
 
-def _check_place(name: str) -> None:
+def check_place(name: str) -> None:
     """Raises for a path that is no checkpoint; anything else may be a name on the hub."""
     path = Path(name)
     if path.exists():

@@ -108,7 +108,7 @@ def check_numbers(options: Mapping[str, Any]) -> None:
 def check_train(options: Mapping[str, Any]) -> None:
     """Raises for options of ``vcore train`` that are wrong or would be ignored."""
     check_numbers(options)
-    options = {**options, **{name: options[name] or None for name in ("lora", "reuse_forward")}}
+    options = {**options, "lora": options["lora"] or None}
     method, model = options["method"], options["model"]
     _needs(options, ("dtype", "lora"), model, "--model")
     _needs(
@@ -135,6 +135,17 @@ def check_train(options: Mapping[str, Any]) -> None:
     _excludes(options, "model", ("vocab_size",), "the model has a tokenizer")
     _excludes(options, "tokenizer", ("vocab_size",), "no tokenizer is trained")
     _needs(options, ("fsdp_config",), options["fsdp"], "--fsdp")
+
+
+def check_profile(options: Mapping[str, Any]) -> None:
+    """Raises for options of ``vcore profile`` that are wrong or would be ignored."""
+    check_numbers(options)
+    options = {**options, **{name: options[name] or None for name in ("lora", "reuse_forward")}}
+    probing = ("every", "utility_method", "reuse_forward")
+    _needs(options, probing, options["method"] == "vcore", "--method vcore")
+    _needs(options, ("lora_rank",), options["lora"], "--lora")
+    _needs(options, ("dtype",), options["model"], "--model")
+    _excludes(options, "model", ("layers", "hidden", "heads"), "the size is given by --model")
 
 
 def check_gvm(options: Mapping[str, Any]) -> None:

@@ -70,7 +70,7 @@ def test_every_option_of_the_configuration_is_an_option_of_train():
     inherited = {field.name for field in fields(transformers.TrainingArguments)}
     own = [field for field in fields(VcoreConfig) if field.name not in inherited]
     options = inspect.signature(train).parameters
-    flags = ("method", "packing", "reuse_forward")
+    flags = ("method", "packing")
     assert len(own) > 20
     for field in own:
         text = options[field.name].annotation.__metadata__[0].help

@@ -64,7 +64,7 @@ def test_zero_sharpness_is_uniform(tmp_path, name):
         ({"iw_clip": [2.0, 1.0]}, r"iw_clip must be a lower bound that is not above"),
         ({"iw_clip": [1.0]}, r"iw_clip must be a lower and an upper bound"),
         ({"packing": "yes"}, r"packing must be True or False, got 'yes'"),
-        ({"reuse_forward": 1}, r"reuse_forward must be True or False, got 1"),
+        ({"reuse_forward": 1}, r"reuse_forward must be True, False or None, got 1"),
         (
             {"reuse_forward": True, "utility_method": "central"},
             r"reuse_forward=True has no pass to reuse with utility_method='central'",

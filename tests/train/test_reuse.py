@@ -12,7 +12,7 @@ from vcore_train import VcoreConfig, attention, reuse
 from vcore_train import mixin as trainer_module
 from vcore_train.direction_schedule import DirectionSchedule
 from vcore_train.head_check import verify_head
-from vcore_train.modeling import token_nll, trainable_parameters
+from vcore_train.modeling import hidden_states, token_nll, trainable_parameters
 from vcore_train.reuse import checkpointed_layers, forward_with_utilities
 from vcore_train.utilities import NonFiniteDirectionError, token_utilities_and_nll
 
@@ -351,6 +351,42 @@ def test_fallback_takes_one_forward_pass(tmp_path, monkeypatch, where):
 
 def not_finite(*args):
     raise NonFiniteDirectionError("on purpose")
+
+
+def _passes_of_the_training(tmp_path, monkeypatch, **options):
+    """Training passes through the decoder that the step takes beside the probe's."""
+    calls = []
+    monkeypatch.setattr(
+        trainer_module, "hidden_states", lambda *args: calls.append(1) or hidden_states(*args)
+    )
+    trainer = train(tmp_path, max_steps=2, **options)
+    return len(calls), trainer
+
+
+def test_reused_by_default_where_it_takes_little_memory(tmp_path, monkeypatch):
+    count, one = _passes_of_the_training(tmp_path / "one", monkeypatch)
+    assert count == 0
+    count, two = _passes_of_the_training(tmp_path / "two", monkeypatch, reuse_forward=False)
+    assert count == 2
+    assert_same(parameters(one), parameters(two), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"gradient_accumulation_steps": 2}, 4),
+        ({"activation_checkpointing": True}, 2),
+        ({"utility_method": "central"}, 2),
+    ],
+    ids=["accumulation", "checkpointing", "difference"],
+)
+def test_not_reused_by_default(tmp_path, monkeypatch, options, passes):
+    assert _passes_of_the_training(tmp_path, monkeypatch, **options)[0] == passes
+
+
+def test_not_reused_by_default_with_dropout(tmp_path, monkeypatch):
+    model = full("llama", attention_dropout=0.3)
+    assert _passes_of_the_training(tmp_path, monkeypatch, model=model)[0] == 2
 
 
 def test_the_trainer_refuses_dropout(tmp_path):

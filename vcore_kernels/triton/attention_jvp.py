@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import architecture, cast, cdiv, dot, expm1, launch, precision
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -117,7 +117,7 @@ def _sweep(
     return acc, dacc, top, total, mean
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.attention)
 def _attention(
     p_q,  # [B, heads, T, D]; the last dimension is contiguous everywhere
     p_dq,  # strides of p_q; None: 0

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcore_kernels._gibbs import NEWTON_STEPS, STEPS
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import INTERPRETED, architecture, exp, launch, log1p
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -552,7 +552,7 @@ def _write_variance(p_moments, p_variance, number):
     tl.store(p_variance + 3, segment_v / segments)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.gibbs)
 def _gibbs_kernel(
     p_s, p_mask, p_offsets, p_q, p_weight, p_stats, p_flags, p_variance, p_moments, p_counter,
     p_state, number, value: tl.float64, resolution: tl.float64,
@@ -659,7 +659,7 @@ def _continue_search(p_moments, p_state, number, value, dtype: tl.constexpr):
     tl.store(p_state + 7, (step + 1).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.gibbs_batch)
 def _batch_kernel(
     p_s, p_mask, p_offsets, p_moments, p_counter, p_state, number, value: tl.float64,
     resolution: tl.float64, FIRST: tl.constexpr, BLOCK: tl.constexpr,

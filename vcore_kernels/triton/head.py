@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcore_kernels._head_ops import writes_weight_gradient_directly
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import architecture, cast, cdiv, launch
 from vcore_kernels.triton.head_gradients import bias_gradient, hidden_gradient, weight_gradient
 from vcore_kernels.triton.head_logits import (
@@ -319,7 +319,7 @@ def _two_points(mode, hidden, head, second_hidden, second_weight, second_bias):
 # ---- scale_cast ----
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.scale_cast)
 def _scale_cast(
     p_x,  # [N, H] of strides s_row, s_column
     p_factor,  # [N] or [1]

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import (
     architecture,
     cast,
@@ -53,7 +53,7 @@ def _put(
     tl.store(p_out + offsets, cast(x, p_out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.hidden_gradient)
 def _hidden_gradient(
     p_gradient,  # [R, V] of stride s_gradient; a descriptor with TMA
     p_weight,  # [V, H] of stride s_weight; a descriptor with TMA
@@ -117,7 +117,7 @@ def _hidden_gradient(
             _put(right, p_out, i_out, m_rows, o_column, H, unit, False, half, kept_scale)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.add_splits)
 def _add_splits(
     p_sums,  # float32 [splits, R, H]
     p_out,  # [N, H]
@@ -150,7 +150,7 @@ def _add_splits(
     _put(acc, p_out, i_token, m_rows, o_column, H, p_unit, False, COLUMNS, KEPT_SCALE)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.weight_gradient)
 def _weight_gradient(
     p_gradient,  # [R, V] of stride s_gradient; a descriptor with TMA
     p_hidden,  # [R, H]; a descriptor with TMA
@@ -206,7 +206,7 @@ def _weight_gradient(
             _put(right, p_out, i_rows, m_rows, o_column, H, p_unit, not FIRST, half, KEPT_SCALE)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.bias_gradient)
 def _bias_gradient(
     p_gradient,
     p_out,  # float32 [V]

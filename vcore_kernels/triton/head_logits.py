@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import (
     architecture,
     cast,
@@ -173,7 +173,7 @@ def _take(
             tl.store(p_kept + offsets, cast(e * KEPT_SCALE, p_kept.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.logit_tiles)
 def _logit_tiles(
     # operands: descriptors with TMA, else pointers
     p_hidden,  # [R, H] rows of the chunk

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import architecture, cdiv, dot, launch, precision
 from vcore_kernels.triton.head import _forward, _head, _rows
 from vcore_kernels.triton.head_logits import (
@@ -39,7 +39,7 @@ from vcore_kernels.triton.head_rows import KEPT_SCALE, Chunk, Head, Known, Work
 # ---- kernels ----
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.squares_of_products)
 def _squares_of_products(
     p_gradient,  # [R, V] of stride s_gradient; a descriptor with TMA
     p_hidden,  # [R, H]; a descriptor with TMA
@@ -82,7 +82,7 @@ def _squares_of_products(
     tl.store(p_out + i_segment.to(tl.int64) * s_out + o_out + i_tile, total)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.gram_of_gradients)
 def _gram_of_gradients(
     p_gradient,  # [R, V] of stride s_gradient; a descriptor with TMA
     p_starts,  # int32 [B + 1]
@@ -122,7 +122,7 @@ def _gram_of_gradients(
         tl.store(p_gram + offsets, acc)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.squares_of_grams)
 def _squares_of_grams(
     p_gram,  # [B, L, L]
     p_hidden,  # [R, H]; a descriptor with TMA
@@ -164,7 +164,7 @@ def _squares_of_grams(
         tl.store(p_out + tl.program_id(0), 0.0)
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.root_of_sums)
 def _root_of_sums(p_squares, p_out, tiles, factor, BLOCK: tl.constexpr):
     """out[s] = factor * sqrt(sum over tiles of squares[s]). Grid: segments. float32, fixed order.
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import architecture, cast, cdiv, exp, expm1, launch, log1p
 
 # dtype of the operands -> what kept exponentials and gradients are multiplied by, so that float16,
@@ -87,7 +87,7 @@ def chunks(n: int, row_bytes: int, limit: int) -> list[Chunk]:
 # ---- gathering ----
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.gather_rows)
 def _gather_rows(
     p_from,  # [N, H] of strides s_row, s_column
     p_minus,  # [N, H] of strides s_minus_row, s_minus_column, or None
@@ -217,7 +217,7 @@ def _sum(p_max, p_sum, p_moment, top, i_rows, m_rows, tiles, R, TILES, ROWS):
     return total, moment
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.row_statistics)
 def _row_statistics(
     p_max,
     p_sum,
@@ -329,7 +329,7 @@ def row_factor(p_factor, p_unit, i_token, mask, SIZE: tl.constexpr):
     return factor
 
 
-@triton.jit
+@triton.jit(launch_metadata=costs.logit_gradients)
 def _logit_gradients(
     p_kept,
     p_max,

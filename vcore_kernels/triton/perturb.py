@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vcore_kernels.backends.reference_perturb import BITS, in_memory_order
-from vcore_kernels.triton import tuning
+from vcore_kernels.triton import costs, tuning
 from vcore_kernels.triton.common import architecture, cdiv, launch
 
 _KIND = {
@@ -106,7 +106,7 @@ def restore_(params: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
 # ---- device ----
 
 
-@triton.jit(do_not_specialize=["number", "epsilon_bits", "seed"])
+@triton.jit(do_not_specialize=["number", "epsilon_bits", "seed"], launch_metadata=costs.perturb)
 def _perturb_kernel(
     p_theta,  # [size], as integers
     p_g,  # [size], as integers

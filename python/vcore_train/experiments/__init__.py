@@ -20,6 +20,12 @@ STUDIES = {  # module in this package: what it answers, one line
     "corruption": "Do token weights tell corrupted supervision from clean?",
     "descent": "What does one step gain from the weights, with which direction and budget?",
     "run": "Does a whole run of weighted training end below plain supervision?",
+    "temperature": "Which temperatures are stable, and does one mean the same elsewhere?",
+    "variance": "What does variance control do to gradients, spikes and the loss of a run?",
+    "methods": "Which supervision is best, in and out of its domain, at equal steps and time?",
+    "supervised_size": "How many examples does it take, and does weighting change it?",
+    "probe_size": "How large a probe batch pays?",
     "cost": "What does a step cost in time and memory, in units of plain supervision?",
     "gvm": "Does it pay to decide how many responses each prompt gets, at equal cost?",
+    "initialisation": "Which supervision is the best start for reinforcement learning?",
 }

@@ -23,6 +23,7 @@ from vcore_train.experiments.gvm_start import (
     FEWER,
     LONGER,
     GvmSetting,
+    Start,
     load_start,
     make_start,
     start_file,
@@ -68,9 +69,12 @@ DATA = "generated arithmetic expressions"
 
 
 def run_record(setting: GvmSetting, seed: int, weights: Path, arm: Arm) -> dict[str, Any]:
+    return run_from(load_start(setting, seed, weights), setting, seed, arm)
+
+
+def run_from(start: Start, setting: GvmSetting, seed: int, arm: Arm) -> dict[str, Any]:
     """Accuracy and what it cost so far, at the start and after each iteration."""
     begin = time.perf_counter()
-    start = load_start(setting, seed, weights)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GvmTrainer(
             start.model,
@@ -120,7 +124,8 @@ def _config(setting: GvmSetting, seed: int, arm: Arm, folder: str) -> GvmConfig:
         steps_per_iteration=arm.steps * setting.steps,
         max_new_tokens=setting.max_new_tokens,
         learning_rate=setting.grpo_lr if arm.objective == "grpo" else setting.raft_lr,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=setting.schedule,
+        warmup_steps=setting.rl_warmup,
         seed=seed,
         generation_batch_size=512,
         per_device_train_batch_size=64,

@@ -61,7 +61,8 @@ class GvmSetting(Setting):
 
     Runs: ``iterations`` of ``prompts_per_iteration`` prompts with ``samples_per_prompt``
     responses, ``stage1`` of them in the first stage where a rule has one, and ``steps`` optimizer
-    steps. ``raft_lr`` and ``grpo_lr`` were chosen by the *uniform* arms alone; see ``FULL``.
+    steps. ``raft_lr`` and ``grpo_lr`` were chosen by the *uniform* arms alone; see ``FULL``. They
+    are warmed up over ``rl_warmup`` steps and then follow ``schedule``, a name of transformers.
 
     Gradients: two pools of ``pool_samples`` responses to each of ``pool_prompts`` prompts; a
     budget of ``samples_per_prompt`` for each; ``draws`` estimates for each allocation. ``rated``
@@ -81,6 +82,8 @@ class GvmSetting(Setting):
     steps: int = 4
     raft_lr: float = 1e-3
     grpo_lr: float = 1e-3
+    schedule: str = "constant"  # of the learning rate
+    rl_warmup: int = 0
     pool_prompts: int = 48
     pool_samples: int = 32
     draws: int = 400
@@ -145,18 +148,30 @@ def make_start(setting: GvmSetting, seed: int, weights: Path) -> dict[str, Any]:
 
     Returns what it accepts (:func:`acceptance`), and the steps that it took.
     """
-    start = load_start(setting, seed, weights if weights.exists() else None)
+    taken = train_start(setting, seed, weights)
+    start = load_start(setting, seed, weights)
     judged = start.problems.prompts[-setting.rated :]
+    pool = sample(start, setting, judged, setting.rated_samples, seed=1 + seed)
+    return {"seed": seed, "steps": taken, **acceptance(pool.accepted)}
+
+
+def train_start(setting: GvmSetting, seed: int, weights: Path) -> int:
+    """Trains the start of a seed, unless ``weights`` are there; returns the steps it took."""
     steps = weights.with_suffix(".json")
     if not weights.exists():
         weights.parent.mkdir(parents=True, exist_ok=True)
+        start = load_start(setting, seed)
+        judged = start.problems.prompts[-setting.rated :]
         steps.write_text(json.dumps(_train(start, setting, judged, seed)), encoding="utf-8")
-        partial = weights.with_suffix(f".{os.getpid()}.partial")
-        torch.save(start.model.state_dict(), partial)
-        os.replace(partial, weights)
-    pool = sample(start, setting, judged, setting.rated_samples, seed=1 + seed)
-    taken = json.loads(steps.read_text(encoding="utf-8"))
-    return {"seed": seed, "steps": taken, **acceptance(pool.accepted)}
+        save_start(start, weights)
+    return json.loads(steps.read_text(encoding="utf-8"))
+
+
+def save_start(start: Start, weights: Path) -> None:
+    """For :func:`load_start`; the file appears whole or not at all."""
+    partial = weights.with_suffix(f".{os.getpid()}.partial")
+    torch.save(start.model.state_dict(), partial)
+    os.replace(partial, weights)
 
 
 def _train(start: Start, setting: GvmSetting, judged: Sequence[Problem], seed: int) -> int:

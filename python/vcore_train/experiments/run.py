@@ -8,17 +8,21 @@ Directions are taken on the way, by the schedule that the trainer uses, from the
 import copy
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import isnan
+from functools import lru_cache
+from math import isfinite, isnan, nan
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import fmean, median
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from vcore_train.config import VARIANCE_CONTROLS, VcoreConfig
+from vcore_kernels import variance_control
+from vcore_kernels.perturbed import NonFiniteDirectionError
+from vcore_train.config import VcoreConfig
+from vcore_train.differences import DifferenceHead
 from vcore_train.direction_schedule import DirectionSchedule
 from vcore_train.experiments.corruption import corrupt
 from vcore_train.experiments.report import Table, figure
@@ -28,47 +32,51 @@ from vcore_train.experiments.setting import (
     Row,
     Setting,
     Start,
+    T,
     batches,
     drawn,
     endless,
     supervised,
 )
 from vcore_train.experiments.statistics import Interval, interval
+from vcore_train.experiments.workers import in_workers
 from vcore_train.modeling import token_nll, trainable_parameters
 from vcore_train.supervised import SupervisedTokens
-from vcore_train.utilities import token_utilities_and_nll
+from vcore_train.utilities import Method, token_utilities_and_nll
 from vcore_train.weighting import weigh
 
 
 @dataclass(frozen=True)
-class RunSetting(Setting):
+class TrainSetting(Setting):
     """``steps`` of AdamW from the start, the learning rate warmed up and then falling to zero.
 
     ``judged``: held-out rows of the loss and accuracy, taken every ``judged_every`` steps.
-    ``corrupted``: every so manieth row of the noisy data has ``replaced`` of its solution tokens
-    replaced. ``control_steps``: of the runs that compare variance controls.
     """
 
     layers: int = 2
     hidden: int = 64
     heads: int = 2
-    length: int = 160
     batch_size: int = 8
-    held_out: int = 1319
     steps: int = 200
     judged: int = 160
     judged_every: int = 40
     run_lr: float = 2e-3
+
+
+@dataclass(frozen=True)
+class RunSetting(TrainSetting):
+    """``corrupted``: every so manieth row of the noisy data has ``replaced`` of its solution tokens
+    replaced.
+    """
+
+    length: int = 160
+    held_out: int = 1319
     corrupted: int = 2
     replaced: float = 0.2
-    control_steps: int = 50
-    sgd_lr: float = 0.3
 
 
 FULL = RunSetting.full()
-QUICK = RunSetting.quick(
-    layers=1, batch_size=4, train_steps=6, steps=4, judged=8, judged_every=2, control_steps=3
-)
+QUICK = RunSetting.quick(layers=1, batch_size=4, train_steps=6, steps=4, judged=8, judged_every=2)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     shuffled: bool = False  # the weights of each trajectory in a random order
     lr: float = 1.0  # multiple of the setting's
+    head: DifferenceHead = "linear"  # of the utilities by a difference
 
 
 UNIFORM = Arm("uniform", {"method": "sft"})
@@ -101,28 +110,28 @@ ARMS = {
         Arm("DFT", {"method": "dft"}),
     ),
 }
-OPTIMIZERS = ("sgd", "adamw")
-CONTROLS = (
-    UNIFORM,
-    *(
-        Arm(mode, {**EMA, "kl_budget": 0.1, "variance_control": mode, "variance_cap": None})
-        for mode in VARIANCE_CONTROLS
-    ),
-)
-SPIKE = 2.0  # times the median norm of the run's gradients
 
 
 @dataclass
 class Trained:
-    """What one run left behind."""
+    """What one run left behind.
 
-    steps: list[int]
-    loss: list[float]  # held out, nats a token
-    accuracy: list[float]  # held out, next-token
-    norms: list[float]  # of the gradient before clipping
-    noise: float  # half the mean squared difference of consecutive gradients
-    alpha: float
-    step_seconds: float  # of CPU time
+    Where gradients cease to be finite the run ends; what would have been judged later is NaN.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)  # held out, nats a token
+    accuracy: list[float] = field(default_factory=list)  # held out, next-token
+    norms: list[float] = field(default_factory=list)  # of the gradient before clipping, a step
+    # Of each weighted step: KL (nats), alpha, V_q / V_u of "utility", tau.
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    noise: float = 0.0  # half the mean squared difference of consecutive gradients
+    step_seconds: float = 0.0  # of CPU time
+
+    @property
+    def alpha(self) -> float:
+        """Mean over the run, 0 where nothing was weighted."""
+        return fmean(self.figures["alpha"]) if self.figures else 0.0
 
 
 def train(
@@ -130,60 +139,79 @@ def train(
     rows: Sequence[Row],
     judged: Sequence[Batch],
     arm: Arm,
-    setting: RunSetting,
+    setting: TrainSetting,
     *,
     seed: int,
     optimizer: str = "adamw",
-    steps: int,
-    judged_every: int,
+    lr: float | None = None,
+    watch: Callable[[int, Any], None] | None = None,
 ) -> Trained:
-    """Trains a copy of the start's model on ``rows`` in the order of the seed."""
+    """Trains a copy of the start's model on ``rows`` in the order of the seed.
+
+    ``optimizer``: "adamw" or "sgd". ``lr``: its peak, None the setting's. ``watch``: called with
+    the step and the model whenever the loss is judged; it must leave both as they are.
+    """
     model = copy.deepcopy(start.model)
     parameters = list(trainable_parameters(model).values())
-    lr = arm.lr * (setting.run_lr if optimizer == "adamw" else setting.sgd_lr)
+    peak = arm.lr * (setting.run_lr if lr is None else lr)
     trained: torch.optim.Optimizer = (
-        torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0)
         if optimizer == "adamw"
-        else torch.optim.SGD(parameters, lr=lr)
+        else torch.optim.SGD(parameters, lr=peak)
     )
     weigher = _Weigher(arm, rows, setting, seed)
     order = endless(drawn(rows, len(rows), seed), setting.batch_size)
-    result = Trained([], [], [], [], 0.0, 0.0, 0.0)
+    result = Trained(figures=weigher.figures)
     before: list[Tensor] | None = None
-    for step in range(steps):
-        if step % judged_every == 0:
+    for step in range(setting.steps):
+        if step % setting.judged_every == 0:
             _judge(model, judged, step, result)
+            if watch is not None:
+                watch(step, model)
         for group in trained.param_groups:
-            group["lr"] = lr * min((step + 1) / 10, 1.0) * (1 - step / steps)
+            group["lr"] = peak * min((step + 1) / 10, 1.0) * (1 - step / setting.steps)
         batch = next(order)
         clock = time.process_time()
-        weights = weigher(step, model, trained, batch)
+        try:
+            weights = weigher(step, model, trained, batch)
+        except NonFiniteDirectionError:
+            break
         nll = token_nll(model, batch)
         loss = (nll if weights is None else nll * weights).sum() / supervised(batch).sum()
         gradients = torch.autograd.grad(loss, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
         result.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
+        if not isfinite(result.norms[-1]):
+            break
         trained.step()
-        result.step_seconds += (time.process_time() - clock) / steps
+        result.step_seconds += (time.process_time() - clock) / setting.steps
         if before is not None:
             squares = sum(
                 float((g - b).square().sum()) for g, b in zip(gradients, before, strict=True)
             )
-            result.noise += squares / 2 / max(steps - 1, 1)
+            result.noise += squares / 2 / max(setting.steps - 1, 1)
         before = list(gradients)
-    _judge(model, judged, steps, result)
-    result.alpha = weigher.alpha / steps
+    else:
+        _judge(model, judged, setting.steps, result)
+        if watch is not None:
+            watch(setting.steps, model)
+    points = [*range(0, setting.steps, setting.judged_every), setting.steps]
+    lost = points[len(result.steps) :]
+    result.steps += lost
+    result.loss += [nan] * len(lost)
+    result.accuracy += [nan] * len(lost)
     return result
 
 
 class _Weigher:
     """The factor on each token's loss at every step of a run, as the trainer finds it."""
 
-    def __init__(self, arm: Arm, rows: Sequence[Row], setting: RunSetting, seed: int):
+    def __init__(self, arm: Arm, rows: Sequence[Row], setting: TrainSetting, seed: int):
         with tempfile.TemporaryDirectory() as folder:
             self.args = VcoreConfig(output_dir=folder, report_to="none", **arm.options)
-        self.arm, self.alpha = arm, 0.0
+        self.arm = arm
+        self.figures: dict[str, list[float]] = {}
         self.schedule = DirectionSchedule(self.args)
         self.probes = endless(drawn(rows, len(rows), 1000 + seed), setting.batch_size)
         self.generator = torch.Generator().manual_seed(seed)
@@ -201,16 +229,39 @@ class _Weigher:
         direction = self.schedule.direction(
             step, model, optimizer, lambda count: (next(self.probes) for _ in range(count))
         )
-        utility, nll, *_ = token_utilities_and_nll(model, batch, direction)
+        utility, nll, *_ = token_utilities_and_nll(
+            model,
+            batch,
+            direction,
+            method=cast(Method, self.args.utility_method),
+            epsilon=self.args.epsilon,
+            head=self.arm.head,
+            snr=False,
+        )
         tokens = SupervisedTokens.of([batch])
         found = weigh(self.args, tokens, [nll], [utility])
-        self.alpha += float(found.means["alpha"])
         weights = found.weights[0]
+        figures = {name: float(found.means[name]) for name in ("kl", "alpha", "tau")}
+        figures["ratio"] = variance_ratio(tokens, utility, weights)
+        for name, value in figures.items():
+            self.figures.setdefault(name, []).append(value)
         if self.arm.shuffled:
             parts = tokens.packed([weights]).split(tokens.cu_seqlens.diff().tolist())
             mixed = [p[torch.randperm(len(p), generator=self.generator)] for p in parts]
             weights = tokens.unpacked(torch.cat(mixed))[0]
         return weights
+
+
+def variance_ratio(tokens: SupervisedTokens, utility: Tensor, weights: Tensor) -> float:
+    """V_q / V_u of the mode "utility": the variance of q*s over that of s/n.
+
+    ``utility`` and ``weights`` are like the labels of the one batch of ``tokens``; any factor on
+    all weights of a trajectory falls out.
+    """
+    values, q = tokens.packed([utility]), tokens.packed([weights])
+    parts = q.split(tokens.cu_seqlens.diff().tolist())
+    q = torch.cat([part / part.sum() for part in parts])
+    return float(variance_control(values, q, cap=None, cu_seqlens=tokens.cu_seqlens)) ** -2
 
 
 @torch.no_grad()
@@ -229,22 +280,77 @@ def _judge(model: Any, judged: Sequence[Batch], step: int, result: Trained) -> N
     result.accuracy.append(correct / count)
 
 
+# ---- runs as jobs ----
+
+
+class Home(NamedTuple):
+    """What a job of another process needs to come by a start: the fields of a Context."""
+
+    setting: TrainSetting
+    out: Path
+    data: Path | None
+    eval_data: Path | None
+
+    @classmethod
+    def of(cls, context: Context) -> "Home":
+        assert isinstance(context.setting, TrainSetting)
+        return cls(context.setting, context.out, context.data, context.eval_data)
+
+
+@lru_cache(maxsize=2)
+def start_at(home: Home, seed: int) -> Start:
+    """The start of a seed, the same object for jobs that follow each other; for reading only."""
+    data = _data_at(home.out, home.data, home.eval_data)
+    return replace(data, setting=home.setting).start(seed)
+
+
+@lru_cache(maxsize=1)
+def _data_at(out: Path, data: Path | None, eval_data: Path | None) -> Context:
+    return Context(Setting(), out, data, eval_data)  # shares the rows that it has read
+
+
+def make_start(home: Home, seed: int) -> None:
+    """Trains the start of a seed, unless it is kept from before."""
+    start_at(home, seed)
+
+
+def each(
+    context: Context, what: str, function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]
+) -> list[T]:
+    """``function(*job)`` of each job in order, in worker processes where there are threads."""
+    if torch.get_num_threads() > 1:
+        return in_workers(context, what, function, jobs)
+    return [function(*job) for job in context.track(jobs, what)]
+
+
+def spikes(norms: Sequence[float], *, times: float = 2.0, window: int = 20) -> int:
+    """Steps whose norm is above ``times`` the median of up to ``window`` steps before.
+
+    The first ten steps, where the learning rate warms up, only serve as what comes before.
+    """
+    return sum(
+        norms[step] > times * median(norms[max(0, step - window) : step])
+        for step in range(10, len(norms))
+    )
+
+
+def by_window(values: Sequence[float], width: int) -> list[float]:
+    """Means of ``width`` values after each other; the last may have fewer."""
+    return [fmean(values[first : first + width]) for first in range(0, len(values), width)]
+
+
 # ---- the study ----
 
 
 def measure(context: Context) -> dict[str, Any]:
-    """``runs``: a record for each data set, arm and seed; ``controls``: for each control."""
+    """``runs``: a record for each data set, arm and seed."""
     runs: list[dict[str, Any]] = []
-    controls: list[dict[str, Any]] = []
     for seed in context.seeds:
         start = context.start(seed)
         todo = [(name, arm) for name, arms in ARMS.items() for arm in arms]
         for name, arm in context.track(todo, f"Runs, seed {seed}"):
             runs.append(run_record(start, context.setting, seed, name, arm))
-        both = [(optimizer, arm) for optimizer in OPTIMIZERS for arm in CONTROLS]
-        for optimizer, arm in context.track(both, f"Variance controls, seed {seed}"):
-            controls.append(control_record(start, context.setting, seed, optimizer, arm))
-    return {"runs": runs, "controls": controls}
+    return {"runs": runs}
 
 
 def run_record(start: Start, setting: Any, seed: int, data: str, arm: Arm) -> dict[str, Any]:
@@ -252,12 +358,10 @@ def run_record(start: Start, setting: Any, seed: int, data: str, arm: Arm) -> di
     found = train(
         start,
         start.held_in if data == "clean" else noisy(start, setting),
-        _judged(start, setting),
+        judged_batches(start, setting),
         arm,
         setting,
         seed=seed,
-        steps=setting.steps,
-        judged_every=setting.judged_every,
     )
     return {
         "seed": seed,
@@ -271,36 +375,8 @@ def run_record(start: Start, setting: Any, seed: int, data: str, arm: Arm) -> di
     }
 
 
-def control_record(
-    start: Start, setting: Any, seed: int, optimizer: str, arm: Arm
-) -> dict[str, Any]:
-    """Gradient norms along one short run on the clean rows."""
-    found = train(
-        start,
-        start.held_in,
-        _judged(start, setting),
-        arm,
-        setting,
-        seed=seed,
-        optimizer=optimizer,
-        steps=setting.control_steps,
-        judged_every=setting.control_steps,
-    )
-    middle = median(found.norms)
-    return {
-        "seed": seed,
-        "optimizer": optimizer,
-        "arm": arm.name,
-        "loss": found.loss[-1],
-        "alpha": found.alpha,
-        "noise": found.noise,
-        "norm": middle,
-        "spikes": sum(norm > SPIKE * middle for norm in found.norms),
-        "clipped": sum(norm > 1 for norm in found.norms) / len(found.norms),
-    }
-
-
-def _judged(start: Start, setting: Any) -> list[Batch]:
+def judged_batches(start: Start, setting: TrainSetting) -> list[Batch]:
+    """The held-out rows that runs are judged by, the same ones for all of a start."""
     return batches(drawn(start.held_out, setting.judged, 0), 4 * setting.batch_size)
 
 
@@ -351,34 +427,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             )
         headings = ("weights", "held-out loss", "minus uniform", "next token, %", "step time")
         found.append(Table(title, headings, rows, note="Differences are paired by seed."))
-    rows = []
-    for optimizer in OPTIMIZERS:
-        for control in CONTROLS:
-            own = [
-                r
-                for r in result["controls"]
-                if (r["optimizer"], r["arm"]) == (optimizer, control.name)
-            ]
-            cells = [
-                interval([r[name] for r in own]).text(digits)
-                for name, digits in (
-                    *(("alpha", 2), ("norm", 2), ("noise", 3)),
-                    *(("spikes", 1), ("clipped", 2), ("loss", 4)),
-                )
-            ]
-            if control == UNIFORM:
-                cells[0] = ""  # it has no alpha
-            rows.append([optimizer, control.name, *cells])
-    columns = (
-        *("optimizer", "variance control", "alpha", "gradient norm", "gradient variance"),
-        *("spikes", "share clipped", "held-out loss"),
-    )
-    note = (
-        "VCORE with KL 0.1, no cap on alpha. Norm: the median before clipping at 1. Variance: "
-        "half the mean squared difference of consecutive gradients. Spikes: steps whose norm is "
-        f"above {SPIKE:g} times the median."
-    )
-    return [*found, Table("Variance controls", columns, rows, text=2, note=note)]
+    return found
 
 
 def _signed(value: Interval) -> str:

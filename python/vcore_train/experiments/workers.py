@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -36,10 +36,21 @@ def in_workers(
     ``function`` is one of a module, and jobs and results can be pickled.
     """
     with workers() as pool:
-        futures = [pool.submit(function, *job) for job in jobs]
-        for future in context.track(as_completed(futures), what, len(futures)):
-            future.result()  # the first that fails ends the study
-        return [future.result() for future in futures]
+        return in_pool(pool, context, what, function, jobs)
+
+
+def in_pool(
+    pool: Executor,
+    context: Context,
+    what: str,
+    function: Callable[..., Result],
+    jobs: Sequence[tuple[Any, ...]],
+) -> list[Result]:
+    """The same in processes that are there, which keep what they have read and imported."""
+    futures = [pool.submit(function, *job) for job in jobs]
+    for future in context.track(as_completed(futures), what, len(futures)):
+        future.result()  # the first that fails ends the study
+    return [future.result() for future in futures]
 
 
 def _prepare() -> None:

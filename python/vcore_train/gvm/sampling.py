@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vcore_kernels import NothingToAllocateError, allocate
+from vcore_kernels.spans import span
 from vcore_train.gvm.engines import RolloutEngine, Sampling, checked_responses
 from vcore_train.gvm.store import IterationStore, Rollout
 from vcore_train.verifiers import Verification
@@ -108,12 +109,13 @@ class Collector:
         self, chunk: list[tuple[int, int]], stage: int, entropy: tuple[int, ...]
     ) -> list[Rollout]:
         tasks, counts = [self.tasks[i] for i, _ in chunk], [n for _, n in chunk]
-        responses = self.engine.sample(
-            [task.tokens for task in tasks],
-            counts,
-            self.sampling,
-            seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
-        )
+        with span("sampling"):
+            responses = self.engine.sample(
+                [task.tokens for task in tasks],
+                counts,
+                self.sampling,
+                seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]),
+            )
         checked = checked_responses(
             responses,
             counts,
@@ -124,7 +126,8 @@ class Collector:
         flat = [(i, r) for (i, _), rs in zip(chunk, checked, strict=True) for r in rs]
         texts = self.tokenizer.batch_decode([r.tokens for _, r in flat], skip_special_tokens=True)
         pairs = [(text, self.tasks[i].answer) for (i, _), text in zip(flat, texts, strict=True)]
-        verdicts = self.verification.judge(pairs)
+        with span("verification"):
+            verdicts = self.verification.judge(pairs)
         return [
             Rollout(i, stage, r.tokens, r.finished, text, verdict.reward, verdict.problem)
             for (i, r), text, verdict in zip(flat, texts, verdicts, strict=True)
@@ -206,7 +209,8 @@ def e_step(
     if plan.rule == "gvm":
         norm = store.grad_norms()
         if norm is None:
-            norm = prompt_norms(first, prompts, norms_of, plan.norm_average)
+            with span("gradient_norms"):
+                norm = prompt_norms(first, prompts, norms_of, plan.norm_average)
             store.save_grad_norms(norm)
 
     budget = plan.samples_per_prompt * prompts
@@ -215,13 +219,15 @@ def e_step(
     known: dict[str, Any] = {"accept_rate": rate, "grad_norm": norm}
     rule, options, fell_back = plan.rule, plan.options, None
     try:
-        allocate(rule, budget, prompts=prompts, **known, **options)
+        with span("allocation"):
+            allocate(rule, budget, prompts=prompts, **known, **options)
     except NothingToAllocateError as error:
         rule, options, fell_back = "uniform", {}, str(error)
 
     def more(kept: Sequence[Rollout]) -> Tensor:
         sampled, accepted = tally(kept, prompts)
-        return allocate(rule, budget, sampled=sampled, accepted=accepted, **known, **options)
+        with span("allocation"):
+            return allocate(rule, budget, sampled=sampled, accepted=accepted, **known, **options)
 
     kept = _until(collector, 2, first if plan.reuse_stage1 else [], more)
     if not first and not kept:

@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.profiler import record_function
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from vcore_kernels import grpo_loss, raft_loss
+from vcore_kernels.spans import span
 from vcore_train.base_trainer import BaseTrainer
 from vcore_train.checkpoint import load_state, save_state
 from vcore_train.collators import PaddingCollator, model_inputs
@@ -284,7 +284,7 @@ class GvmTrainer(BaseTrainer):
                 seed=(args.seed, number),
                 progress=self.progress,
             )
-            with record_function("vcore::e_step"):
+            with span("e_step"):
                 found = e_step(
                     collector,
                     Plan(
@@ -304,7 +304,8 @@ class GvmTrainer(BaseTrainer):
                 "e_step_seconds": time.perf_counter() - start,
             }
             m_step = plan_m_step(found, tasks, args, iteration=number)
-            logp = self._logp_before(store, m_step, middle=middle)
+            with span("logp"):
+                logp = self._logp_before(store, m_step, middle=middle)
         store.save_prompts(prompt_rows(tasks, found))
         if args.rollout_format == "parquet":
             store.to_parquet()
@@ -424,7 +425,7 @@ class GvmTrainer(BaseTrainer):
         start = time.perf_counter()
         first = inputs["number"] % self.args.steps_of_iteration == 0
         total = torch.zeros((), device=self.args.device)
-        with record_function("vcore::training_pass"):
+        with span("training_pass"):
             for places in inputs["micro_batches"]:
                 rows = [self._iteration.m_step.rows[i] for i in places]
                 with self.compute_loss_context_manager():

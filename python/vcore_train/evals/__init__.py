@@ -1,0 +1,1 @@
+"""Evaluation of models on public benchmarks, through lm-evaluation-harness (docs/evaluation.md)."""
