@@ -30,6 +30,22 @@ def write(path, *rows):
         ({"instruction": "do", "input": "this", "output": "a"}, "do\nthis", "a"),
         ({"instruction": "do", "input": "", "output": "a"}, "do", "a"),
         ({"problem": "q", "solution": "a", "answer": "7"}, "q", "a"),
+        # The columns of nvidia/OpenMathReasoning.
+        (
+            {
+                "expected_answer": "7",
+                "problem_type": "has_answer_extracted",
+                "problem_source": "aops_c4_high_school_math",
+                "generation_model": "DeepSeek-R1",
+                "pass_rate_72b_tir": "0.5",
+                "problem": "q",
+                "generated_solution": "a",
+                "inference_mode": "cot",
+                "used_in_kaggle": True,
+            },
+            "q",
+            "a",
+        ),
         (
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
             [{"role": "user", "content": "q"}],
