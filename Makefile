@@ -1,5 +1,6 @@
 # make test    sets everything up and runs the core tests        make demo    sets everything up and runs the demonstration
 # make lint    what CI checks besides                            make bench   the benchmarks on a CPU
+# make docs    the documentation as a site in build/site, without a warning
 # make gpu     tests and benchmarks on one CUDA GPU              make aot     compiles the Triton kernels for GPUs that are not here
 # All but make gpu set themselves up from nothing: a virtual environment in .venv, PyTorch, the requirements, the compiled kernels.
 # Later calls reuse all that and rebuild the kernels only when their sources have changed.
@@ -28,7 +29,7 @@ CPP := $(filter %.h %.cpp %.cu,$(wildcard csrc/* tests/kernels/*.cpp))
 CORE := not gpu and not interpreter and not aot and not distributed and not slow
 
 .DELETE_ON_ERROR:
-.PHONY: help setup test demo lint format bench aot gpu clean
+.PHONY: help setup test demo lint format bench docs aot gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^PYTHON/q' Makefile
@@ -45,9 +46,9 @@ $(VENV)/torch.stamp:
 $(VENV)/packages.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo "[2/3] requirements"
 	@$(BIN)/python -m pip install -q "setuptools>=77" "cmake>=3.20" ninja
-	@VCORE_BUILD_CPP=0 $(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
 	@# A CUDA build of PyTorch has brought the Triton that it was tested with, which stays. There are builds for Linux alone.
 	@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c 'import triton' 2>/dev/null; then $(BIN)/python -m pip install -q --no-deps "$(TRITON)"; fi
+	@VCORE_BUILD_CPP=0 $(BIN)/python -m pip install -q --no-build-isolation -e ".[train,dev]"
 	@touch $@
 
 $(VENV)/kernels.stamp: $(VENV)/packages.stamp $(NATIVE)
@@ -86,8 +87,16 @@ gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py --out benchmarks/results $(GPU_ARGS)
 
 bench: setup
-	mkdir -p benchmarks/results
-	$(BIN)/python -m pytest -q benchmarks/bench_*.py --benchmark-json=benchmarks/results/latest.json $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q benchmarks/ --benchmark-only --bench-out benchmarks/results $(PYTEST_ARGS)
+
+# What the site is made with is no part of setup: nothing else needs it.
+$(VENV)/docs.stamp: $(VENV)/packages.stamp pyproject.toml
+	@VCORE_BUILD_CPP=0 $(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
+	@touch $@
+
+docs: setup $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vcore_kernels/_C.so vcore_kernels/_C_cuda.so .pytest_cache .mypy_cache .ruff_cache
