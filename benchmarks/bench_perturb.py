@@ -1,150 +1,137 @@
-"""In-place perturbation beside `torch._foreach_add_` and the copies that it replaces.
+"""In-place perturbation of 50M parameters beside what PyTorch has for it.
 
-    python -m pytest benchmarks/bench_perturb.py -q     (--benchmark-json=FILE keeps the figures)
+    python -m pytest benchmarks/bench_perturb.py --benchmark-only
 
-Every subject runs once in each round, in turn, so that a busy machine slows all of them alike;
-times are medians over the rounds. GB/s counts what each one must move, once: add reads theta and g
-and writes theta (3 x the parameters); a perturbation writes the old values too (4 x), a restore
-reads and writes (2 x), clone + add + copy back is 2 + 3 + 2 = 7 x. "ratio" is the bandwidth over
-that of `_foreach_add_` in the same round, by the clock on the wall and by processor time: with
-OMP_NUM_THREADS=1 the latter is what to read where other programs compete for the cores.
+The unit is one ``torch._foreach_add_`` in the same round, which moves the parameters and cannot
+move them back. *% of ceiling* counts the bytes that the subject must move once: a perturbation
+reads theta and g and writes theta and the old values (4 x the parameters), a restore reads and
+writes (2 x), clone + add + copy back is 2 + 3 + 2 = 7 x. Memory is that of a first call: the backup
+is kept for later ones.
 """
 
-import statistics
-import time
+import functools
 
 import pytest
 import torch
+from torch import Tensor
+from vcore_train.bench_record import Row
 
+from benchmarks.measure import Call
+from benchmarks.suite import Bench
 from vcore_kernels import free_backup_buffers, perturb_, restore_
 
-PARAMETERS = 50_000_000
-ROUNDS = 11
+PARAMETERS, QUICK_PARAMETERS = 50_000_000, 20_000
 EPSILON = 1e-2
-
-
-def tensors(dtype: torch.dtype, layout: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """One tensor of 50M entries, or 400 of 1 to 250,000 as in a model."""
-    sizes = [PARAMETERS] if layout == "one" else [n * 625 + 1 for n in range(400)]
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(1 << 20, generator=generator).to(dtype)
-
-    def make() -> list[torch.Tensor]:
-        return [block.repeat(-(-size // block.numel()))[:size].clone() for size in sizes]
-
-    return make(), make()
-
-
-class Subjects:
-    """What is timed, all on the same tensors."""
-
-    def __init__(self, params: list[torch.Tensor], direction: list[torch.Tensor]):
-        self.params, self.direction = params, direction
-        self.perturbation = None
-
-    def clone_add_copy(self):
-        backup = [p.clone() for p in self.params]
-        torch._foreach_add_(self.params, self.direction, alpha=-EPSILON)
-        torch._foreach_copy_(self.params, backup)
-
-    def foreach_add(self):
-        torch._foreach_add_(self.params, self.direction, alpha=-EPSILON)
-
-    def perturb(self, **options):
-        self.perturbation = perturb_(self.params, self.direction, EPSILON, **options)
-
-    def restore(self):
-        restore_(self.perturbation)
-
-
-def check(params: list[torch.Tensor], direction: list[torch.Tensor]) -> None:
-    """The gate: moved as PyTorch moves it, restored bit for bit, in both modes."""
-    before = [p.clone() for p in params]
-    for consume in (False, True):
-        g = [d.clone() for d in direction] if consume else direction
-        perturbation = perturb_(params, g, EPSILON, consume_direction=consume)
-        for p, b, d in zip(params, before, direction, strict=True):
-            acc = torch.promote_types(p.dtype, torch.float32)
-            assert torch.equal(p, (b.to(acc) - d.to(acc) * EPSILON).to(p.dtype))
-        restore_(perturbation)
-        assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
-
-
+UNIT = "_foreach_add_"
 # Bytes moved, in units of the bytes of the parameters.
-UNITS = {
+MOVED = {
+    "perturb_ and restore_": 6,
+    "perturb_ and restore_, consume": 6,
+    "perturb_ and restore_, stochastic": 6,
     "clone + add + copy back": 7,
-    "_foreach_add_": 3,
-    "perturb_": 4,
-    "restore_": 2,
-    "perturb_ (consume)": 4,
-    "restore_ (consume)": 2,
-    "perturb_ (stochastic)": 4,
 }
 
 
-def one_round(
-    subjects: Subjects, pristine: list[torch.Tensor], stochastic: bool
-) -> dict[str, tuple[float, float]]:
-    times = {}
+class Parameters:
+    """One tensor, or 400 of growing size as in a model."""
 
-    def timed(name, call, *args, **options):
-        start = time.perf_counter(), time.process_time()
-        call(*args, **options)
-        times[name] = time.perf_counter() - start[0], time.process_time() - start[1]
+    def __init__(self, dtype: torch.dtype, layout: str, count: int, device: torch.device):
+        step = count // 80_000 or 1
+        sizes = [count] if layout == "one" else [n * step + 1 for n in range(400)]
+        generator = torch.Generator().manual_seed(0)
+        block = torch.randn(1 << 20, generator=generator).to(device, dtype)
 
-    timed("clone + add + copy back", subjects.clone_add_copy)
-    timed("_foreach_add_", subjects.foreach_add)
-    timed("perturb_", subjects.perturb)
-    timed("restore_", subjects.restore)
-    timed("perturb_ (consume)", subjects.perturb, consume_direction=True)
-    timed("restore_ (consume)", subjects.restore)
-    torch._foreach_copy_(subjects.direction, pristine)
-    if stochastic:
-        timed("perturb_ (stochastic)", subjects.perturb, rounding="stochastic")
-        subjects.restore()
-    return times
+        def make() -> list[Tensor]:
+            return [block.repeat(-(-size // block.numel()))[:size].clone() for size in sizes]
 
+        self.params, self.direction = make(), make()
+        self.before = [p.clone() for p in self.params]
+        self.pristine = [d.clone() for d in self.direction]
+        self.bytes = sum(p.nbytes for p in self.params)
 
-@pytest.mark.parametrize("layout", ["one", "many"])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
-)
-def test_perturb(benchmark, dtype, layout, capsys):
-    params, direction = tensors(dtype, layout)
-    check(params, direction)
-    subjects, pristine = Subjects(params, direction), [d.clone() for d in direction]
-    one_round(subjects, pristine, dtype != torch.float64)  # warm-up
-    rounds: list[dict[str, tuple[float, float]]] = []
-    benchmark.pedantic(
-        lambda: rounds.append(one_round(subjects, pristine, dtype != torch.float64)),
-        rounds=ROUNDS,
-        iterations=1,
-    )
-    size = sum(p.nbytes for p in params) / 1e9
-    lines = [
-        f"{dtype}, {layout} ({len(params)} tensors, {size:.2f} GB), {torch.get_num_threads()} "
-        "threads"
-    ]
-    for name in rounds[0]:
-        units = UNITS[name] / UNITS["_foreach_add_"]
-        wall, processor = (
-            sorted(units * r["_foreach_add_"][clock] / r[name][clock] for r in rounds)
-            for clock in (0, 1)
+    def reset(self) -> None:
+        torch._foreach_copy_(self.params, self.before)
+        torch._foreach_copy_(self.direction, self.pristine)
+
+    def call(self, name: str) -> Call:
+        """Moved there and back; returns nothing that counts as memory."""
+        if name == "clone + add + copy back":
+
+            def copies() -> None:
+                backup = [p.clone() for p in self.params]
+                self.add()
+                torch._foreach_copy_(self.params, backup)
+
+            return copies
+        options = {
+            "consume": {"consume_direction": True},
+            "stochastic": {"rounding": "stochastic"},
+        }.get(name.split(", ")[-1], {})
+
+        def perturbed() -> None:
+            restore_(perturb_(self.params, self.direction, EPSILON, **options))
+
+        return perturbed
+
+    def add(self) -> None:
+        torch._foreach_add_(self.params, self.direction, alpha=-EPSILON)
+
+    def check(self, name: str) -> str:
+        """Moved as PyTorch moves it, and restored bit for bit."""
+        if name == "perturb_ and restore_, stochastic":
+            self.reset()
+            self.call(name)()
+        assert all(torch.equal(p, b) for p, b in zip(self.params, self.before, strict=True)), (
+            "not restored"
         )
-        seconds = statistics.median(r[name][0] for r in rounds)
-        row = {
-            "ms": seconds * 1e3,
-            "GB/s": UNITS[name] * size / seconds,
-            "ratio": statistics.median(wall),
-            "ratio, quartiles": (wall[len(wall) // 4], wall[3 * len(wall) // 4]),
-            "ratio, processor time": statistics.median(processor),
-        }
-        benchmark.extra_info[name] = row
-        lines.append(
-            f"  {name:24s} {row['ms']:8.2f} ms {row['GB/s']:7.1f} GB/s   ratio {row['ratio']:.2f} "
-            f"({wall[len(wall) // 4]:.2f} to {wall[3 * len(wall) // 4]:.2f}), processor time "
-            f"{row['ratio, processor time']:.2f}"
+        if "perturb_" not in name or "stochastic" in name:
+            return "restored bit for bit"
+        self.reset()
+        perturbation = perturb_(
+            self.params, self.direction, EPSILON, consume_direction="consume" in name
         )
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
+        acc = torch.promote_types(self.params[0].dtype, torch.float32)
+        for p, b, d in zip(self.params, self.before, self.pristine, strict=True):
+            assert torch.equal(p, (b.to(acc) - d.to(acc) * EPSILON).to(p.dtype)), "moved wrongly"
+        restore_(perturbation)
+        self.reset()
+        return "exact, restored bit for bit"
+
+
+@functools.lru_cache(maxsize=1)
+def parameters(dtype: torch.dtype, layout: str, count: int, device: torch.device) -> Parameters:
     free_backup_buffers()
+    return Parameters(dtype, layout, count, device)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, id=n.replace(" ", "_")) for n in MOVED])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        pytest.param(torch.float32, "one", id="float32-one"),
+        pytest.param(torch.float32, "many", id="float32-many"),
+        pytest.param(torch.bfloat16, "many", id="bfloat16-many"),
+    ],
+)
+def test_perturb(bench: Bench, device, quick, dtype, layout, name):
+    count = QUICK_PARAMETERS if quick else PARAMETERS
+    subject = parameters(dtype, layout, count, device)
+    tensors = "one tensor" if layout == "one" else f"{len(subject.params)} tensors"
+    row = Row(
+        f"perturbation: {str(dtype).removeprefix('torch.')} {count / 1e6:g}M in {tensors}",
+        name,
+        "ours" if "perturb_" in name else "peer",
+        unit=UNIT,
+        bytes=float(MOVED[name] * subject.bytes),
+        ceiling="copy",
+    )
+    bench.measure(
+        row,
+        lambda: subject.call(name),
+        subject.add,
+        lambda _: subject.check(name),
+        unit_row=Row(row.group, UNIT, "yardstick", bytes=3.0 * subject.bytes),
+        memory="allocator",
+        before=subject.reset,
+        cold=free_backup_buffers,
+    )

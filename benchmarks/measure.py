@@ -3,11 +3,15 @@
 A dry run (a CPU under Triton's interpreter) goes the same way and measures nothing.
 """
 
+import contextlib
+import ctypes
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -182,43 +186,39 @@ def timed_figure(figure: Figure, times: Times | None) -> Figure:
     return figure
 
 
-# ---- with pytest-benchmark, on a CPU ----
-
-ROUNDS = 7
+# ---- memory on a CPU ----
 
 
-def compare(
-    benchmark: Any, capsys: Any, title: str, subjects: Mapping[str, Call], rounds: int = ROUNDS
-) -> dict[str, float]:
-    """Times the subjects in turn and prints what each costs in units of the first.
+def resident_peak(call: Call) -> int | None:
+    """How far the memory of this process rose during the call, less what the call returns.
 
-    Every subject runs once in each round, so that a busy machine slows all of them alike. Returns
-    the median over the rounds of each one's time over that of the first in the same round.
+    Resident memory sees every allocator, a BLAS's workspace too. None where Linux's counters are
+    not to be had.
     """
-    from vcore_train.experiments.measuring import one_round
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what the heap keeps would hide as much of the peak
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _resident_bytes("VmRSS")
+        result = call()
+        peak = _resident_bytes("VmHWM") - before
+    except OSError:
+        return None
+    return max(0, peak - sum(tensor.nbytes for tensor in tensors_in(result)))
 
-    seconds: list[dict[str, float]] = []
-    benchmark.pedantic(
-        lambda: seconds.append(one_round(subjects)), rounds=rounds, iterations=1, warmup_rounds=1
-    )
-    del seconds[0]
-    unit = next(iter(subjects))
-    lines = [f"{title}, {torch.get_num_threads()} threads"]
-    medians = {}
-    for name in subjects:
-        ratios = sorted(r[name] / r[unit] for r in seconds)
-        medians[name] = statistics.median(ratios)
-        row = {
-            "ms": 1e3 * statistics.median(r[name] for r in seconds),
-            "ratio": medians[name],
-            "ratio, extremes": (ratios[0], ratios[-1]),
-            "ratio of the fastest": min(r[name] for r in seconds) / min(r[unit] for r in seconds),
-        }
-        benchmark.extra_info[name] = row
-        lines.append(
-            f"  {name:36s} {row['ms']:8.1f} ms   ratio {row['ratio']:.2f} ({ratios[0]:.2f} to "
-            f"{ratios[-1]:.2f}), of the fastest {row['ratio of the fastest']:.2f}"
-        )
-    with capsys.disabled():
-        print("\n" + "\n".join(lines))
-    return medians
+
+def _resident_bytes(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def allocated_peak(call: Call) -> int:
+    """The same from PyTorch's own allocator: every tensor, exact also where it is small, but not
+    what other allocators hand out.
+    """
+    from vcore_train.experiments.measuring import peak_bytes
+
+    kept = []
+    peak = peak_bytes(lambda: kept.append(call()))
+    return max(0, peak - sum(tensor.nbytes for tensor in tensors_in(kept)))

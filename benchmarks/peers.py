@@ -87,6 +87,12 @@ def compiled(problem: Problem):
     return lambda: problem.weighted(nll(problem.hidden, problem.weight, problem.target))
 
 
+def compiled_for_cpu(problem: Problem):
+    """Inductor's C++, compiled when first called."""
+    nll = torch.compile(_eager_nll, dynamic=False)
+    return lambda: problem.weighted(nll(problem.hidden, problem.weight, problem.target))
+
+
 def _torch_linear_cross_entropy(reduction: str) -> Maker:
     def make(problem: Problem):
         if not hasattr(F, "linear_cross_entropy"):
@@ -199,6 +205,31 @@ def _cut_cross_entropy(reduction: str, filter_eps: str | None) -> Maker:
     return make
 
 
+def _cut_cross_entropy_on_cpu(reduction: str) -> Maker:
+    """Its `torch_compile`, which stores the logits; its Triton kernels need a GPU."""
+
+    def make(problem: Problem):
+        (function,) = _import("cut_cross_entropy", "linear_cross_entropy")
+
+        def call():
+            loss = function(
+                problem.hidden,
+                problem.weight,
+                problem.target,
+                reduction=reduction,
+                impl="torch_compile",
+            )
+            return problem.weighted(loss) if reduction == "none" else problem.gradients(loss)
+
+        return call
+
+    return make
+
+
+def _for_gpu(problem: Problem):
+    raise Absent("its kernels need a CUDA GPU")
+
+
 def quack(problem: Problem):
     (function,) = _import("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     return lambda: problem.gradients(
@@ -220,6 +251,23 @@ PEERS = (
     Peer("Liger SM90, per token", liger_per_token, "liger-kernel"),
     Peer("quack", quack, "quack-kernels", uniform=True),
 )
+
+CPU_PEERS = (
+    Peer("eager", eager, "torch"),
+    Peer("torch.compile", compiled_for_cpu, "torch"),
+    Peer("torch linear_cross_entropy, none", _torch_linear_cross_entropy("none"), "torch"),
+    Peer("torch linear_cross_entropy", _torch_linear_cross_entropy("mean"), "torch", uniform=True),
+    Peer("CCE torch_compile, none", _cut_cross_entropy_on_cpu("none"), "cut-cross-entropy"),
+    Peer("CCE torch_compile", _cut_cross_entropy_on_cpu("mean"), "cut-cross-entropy", uniform=True),
+    Peer("CCE", _for_gpu, "cut-cross-entropy"),
+    Peer("Liger", _for_gpu, "liger-kernel", uniform=True),
+    Peer("quack", _for_gpu, "quack-kernels", uniform=True),
+)
+
+
+def peers_for(device: torch.device) -> tuple[Peer, ...]:
+    """The peers of the head on this device; those that cannot run there say so when made."""
+    return PEERS if device.type == "cuda" else CPU_PEERS
 
 
 def package_version(package: str) -> str | None:

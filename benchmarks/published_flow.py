@@ -24,16 +24,7 @@ def published_step(
 ) -> Tensor:
     """One optimizer step; returns the weights [B, T], which sum to 1 over each trajectory."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    _nll(model, probe_batch).sum().div(_mask(probe_batch).sum()).backward()
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    saved = [p.detach().to("cpu", copy=True) for p in trained]
-    with torch.no_grad():
-        for p in trained:
-            if p.grad is not None:
-                p.sub_(p.grad, alpha=EPSILON)
-        perturbed = _nll(model, batch)
-        for p, value in zip(trained, saved, strict=True):
-            p.copy_(value)
+    perturbed = _perturbed_nll(model, batch, probe_batch)
     optimizer.zero_grad()
     nll, mask = _nll(model, batch), _mask(batch)
     with torch.no_grad():
@@ -48,6 +39,36 @@ def published_step(
     optimizer.step()
     optimizer.zero_grad()
     return weights
+
+
+def published_utility(
+    model: nn.Module, batch: dict[str, Tensor], probe_batch: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The utilities [B, T] of :func:`published_step`, and the direction by parameter's name."""
+    model.zero_grad()
+    perturbed = _perturbed_nll(model, batch, probe_batch)
+    direction = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with torch.no_grad():
+        return (_nll(model, batch) - perturbed) / EPSILON, direction
+
+
+def _perturbed_nll(
+    model: nn.Module, batch: dict[str, Tensor], probe_batch: dict[str, Tensor]
+) -> Tensor:
+    """Losses at ``theta - epsilon * g``; g stays in ``.grad``, the weights are as before."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    _nll(model, probe_batch).sum().div(_mask(probe_batch).sum()).backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    saved = [p.detach().to("cpu", copy=True) for p in trained]
+    with torch.no_grad():
+        for p in trained:
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=EPSILON)
+        perturbed = _nll(model, batch)
+        for p, value in zip(trained, saved, strict=True):
+            p.copy_(value)
+    return perturbed
 
 
 def _nll(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

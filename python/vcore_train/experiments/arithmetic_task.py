@@ -65,7 +65,7 @@ class TaskSetting(Setting):
     largest: int = 10
     steps: int = 64
     run_lr: float = 4e-3
-    judged: int = 8
+    judged: int = 1
     rounds: int = 25
 
 
@@ -80,7 +80,7 @@ FULL = TaskSetting(
     lr=4e-3,
     train_steps=700,
     rows=8000,
-    held_out=384,
+    held_out=320,
 )
 QUICK = TaskSetting.quick(
     layers=1,

@@ -66,7 +66,7 @@ class InitialisationSetting(GvmSetting):
     ``rated`` of the held-out problems.
     """
 
-    tuning_steps: int = 60
+    tuning_steps: int = 100
     tuning_lr: float = 1e-3
 
     @property
@@ -84,8 +84,8 @@ FULL = InitialisationSetting(
     lr=2e-3,
     train_steps=1200,
     held_out=384,
-    goal=0.1,
-    prompts=1920 + 512,
+    goal=0.2,
+    prompts=3200 + 512,
     iterations=4,
     raft_lr=2e-4,
     grpo_lr=2e-4,

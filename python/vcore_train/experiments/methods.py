@@ -261,5 +261,5 @@ def _title(result: dict[str, Any]) -> str:
         parts.append(f"{says} at {title}")
     return (
         f"VCORE against SFT (blue line), in-domain accuracy: {', '.join(parts)} "
-        f"({len(result['starts'])} seeds, 95% intervals)"
+        "(lines: 95% intervals over seeds)"
     )

@@ -274,7 +274,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 axes.annotate(
                     f"{size}", (time, high), ha="center", va="bottom", size=8, color="#555555"
                 )
-            axes.set(xlabel="time of a step, in steps of SFT", ylim=(low, high), xlim=(1, None))
+            axes.set(
+                xlabel="time of a step, in steps of SFT",
+                ylim=(low, high),
+                xlim=(1, 1.05 * times[-1]),
+            )
         for axes in grid[1:]:
             axes.axhline(0, color=COLOURS["sft"], linewidth=1.4)
             axes.annotate(

@@ -47,7 +47,7 @@ class SizeSetting(TaskSetting):
     sizes: tuple[int, ...] = (32, 128, 512, 2048)
 
 
-FULL = SizeSetting(**{**vars(arithmetic_task.FULL), "steps": 128})
+FULL = SizeSetting(**{**vars(arithmetic_task.FULL), "steps": 128, "judged": 8})
 QUICK = SizeSetting(**{**vars(arithmetic_task.QUICK), "sizes": (4, 16)})
 
 
