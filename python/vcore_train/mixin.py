@@ -116,7 +116,7 @@ class VcoreMixin(OwnLosses):
             self.metrics.totals |= {"fallback_steps": 0, "saturated": 0}
         self._step_batches: list[Batch] = []
         self._step_weights: list[Tensor] | None = None
-        self._reuses_forward = self._reuse()
+        self._reuses_forward: bool | None = None  # decided when the model is as it will be trained
         self._forwards: dict[int, ForwardWithUtilities] = {}  # by position, where it is reused
         self._position = 0  # of the micro-batch in its optimizer step
         self._drawn = 0  # micro-batches read for the step
@@ -410,6 +410,8 @@ class VcoreMixin(OwnLosses):
     def _utilities(
         self, model: nn.Module, inputs: Batch, direction: Direction, position: int
     ) -> TokenUtilities:
+        if self._reuses_forward is None:
+            self._reuses_forward = self._reuse()
         if self._reuses_forward:
             forward = forward_with_utilities(model, inputs, direction)
             self._forwards[position] = forward
