@@ -119,7 +119,7 @@ class Model:
         part = {name: value[:1, :JUDGED] for name, value in self.steps.batch.items()}
         mask = supervised(part)
         theirs, g = published_utility(model, part, self.probe)
-        if config.reuse_forward:
+        if self.trainer._reuses_forward:
             ours = forward_with_utilities(model, part, g).utility
         else:
             ours = token_utilities(

@@ -61,8 +61,7 @@ class GvmSetting(Setting):
 
     Runs: ``iterations`` of ``prompts_per_iteration`` prompts with ``samples_per_prompt``
     responses, ``stage1`` of them in the first stage where a rule has one, and ``steps`` optimizer
-    steps. ``raft_lr`` and ``grpo_lr`` were chosen by the *uniform* arms alone; see ``FULL``. They
-    are warmed up over ``rl_warmup`` steps and then follow ``schedule``, a name of transformers.
+    steps. ``raft_lr`` and ``grpo_lr`` were chosen by the *uniform* arms alone; see ``FULL``.
 
     Gradients: two pools of ``pool_samples`` responses to each of ``pool_prompts`` prompts; a
     budget of ``samples_per_prompt`` for each; ``draws`` estimates for each allocation. ``rated``
@@ -82,8 +81,6 @@ class GvmSetting(Setting):
     steps: int = 4
     raft_lr: float = 1e-3
     grpo_lr: float = 1e-3
-    schedule: str = "constant"  # of the learning rate
-    rl_warmup: int = 0
     pool_prompts: int = 48
     pool_samples: int = 32
     draws: int = 400

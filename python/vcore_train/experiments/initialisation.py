@@ -57,17 +57,17 @@ __all__ = ["DATA", "FULL", "QUICK", "measure", "plot", "reading", "records", "ta
 
 @dataclass(frozen=True)
 class InitialisationSetting(GvmSetting):
-    """As for the study gvm.
+    """As for the study gvm, whose learning rates of reinforcement learning it takes over.
 
     The base model has ``goal`` reached. Fine-tuning: ``tuning_steps`` of ``batch_size`` problems
     that the base has not seen, at ``tuning_lr``, warmed up over a quarter of the steps, ``warmup``
-    at most, and then falling to zero. Of the ``prompts`` the first are those of fine-tuning, the
-    others are for reinforcement learning. Accept rates are of ``rated_samples`` responses to
-    ``rated`` of the held-out problems.
+    at most, and then constant, as for the starts of the study gvm. Of the ``prompts`` the first are
+    those of fine-tuning, the others are for reinforcement learning. Accept rates are of
+    ``rated_samples`` responses to ``rated`` of the held-out problems.
     """
 
-    tuning_steps: int = 100
-    tuning_lr: float = 1e-3
+    tuning_steps: int = 80
+    tuning_lr: float = 2e-3
 
     @property
     def tuned(self) -> int:
@@ -75,6 +75,10 @@ class InitialisationSetting(GvmSetting):
         return self.tuning_steps * self.batch_size
 
 
+# From starts whose learning rate had fallen to zero (1e-3, linear, 150 steps) reinforcement
+# learning gained nothing on seed 100, which is not on record: SFT's start solved 67.4% greedily,
+# and after 16 steps 66.1 and 61.7 (GRPO, RAFT++ at 1e-4), 65.9 and 65.9 (2e-4, falling), 57.3 and
+# 57.6 (3e-4), 53.4 and 52.1 (5e-4, falling). Hence a constant one, and the control.
 FULL = InitialisationSetting(
     layers=2,
     hidden=96,
@@ -84,13 +88,11 @@ FULL = InitialisationSetting(
     lr=2e-3,
     train_steps=1200,
     held_out=384,
-    goal=0.2,
-    prompts=3200 + 512,
+    goal=0.15,
+    prompts=2560 + 512,
     iterations=4,
-    raft_lr=2e-4,
-    grpo_lr=2e-4,
-    schedule="linear",
-    rl_warmup=2,
+    raft_lr=3e-4,
+    grpo_lr=1e-4,
     rated=128,
     rated_samples=8,
 )
@@ -127,7 +129,7 @@ def fine_tune(start: Start, setting: InitialisationSetting, seed: int, method: s
                 max_steps=setting.tuning_steps,
                 per_device_train_batch_size=setting.batch_size,
                 learning_rate=setting.tuning_lr,
-                lr_scheduler_type="linear",
+                lr_scheduler_type="constant_with_warmup",
                 warmup_steps=min(setting.warmup, setting.tuning_steps // 4),
                 adam_beta2=0.98,
                 seed=seed,

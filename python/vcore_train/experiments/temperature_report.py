@@ -173,7 +173,8 @@ def _signed(value: Interval, digits: int = 3) -> str:
 
 
 def _few(value: float) -> str:
-    return f"{value:.2g}"
+    """Two digits, without an exponent where the number is large."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _unstable(runs: Sequence[dict[str, Any]]) -> str:
@@ -235,7 +236,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
             [
                 f"T {temperature:g}",
                 *(_range(d[name]) for name in ("start", "end", "other")),
-                *(f"{d[name]:.1f}" for name in ("seeds", "run", "factor")),
+                *(_few(d[name]) for name in ("seeds", "run", "factor")),
             ]
         )
     for budget in _choices(result, "kl_budget"):
@@ -353,7 +354,7 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _factors(found: tuple[float, float, float, float]) -> list[str]:
-    return [f"{found[1] / found[0]:.1f}", f"{found[3] / found[2]:.1f}"]
+    return [_few(found[1] / found[0]), _few(found[3] / found[2])]
 
 
 # ---- sentences ----
@@ -408,9 +409,9 @@ def reading(result: dict[str, Any]) -> list[str]:
     budgets = _choices(result, "kl_budget")
     broken = [b for b in budgets if any(r["unstable"] for r in _runs(result, kl_budget=b))]
     found.append(
-        f"Of the budgets {', '.join(f'{b:g}' for b in budgets)}, "
+        f"Of the budgets {', '.join(f'{b:g}' for b in budgets)} nats "
         + (
-            f"{', '.join(f'{b:g}' for b in broken)} end above the start in a seed."
+            f"the runs of {' and '.join(f'{b:g}' for b in broken)} end above the start in a seed."
             if broken
             else "none ends above its start."
         )
@@ -455,8 +456,8 @@ def reading(result: dict[str, Any]) -> list[str]:
         if not math.isnan(c[0]):
             found.append(
                 f"At {kl:g} nats V_q/V_u is {_few(c[0])} to {_few(c[1])} over seeds, steps and "
-                f"models (a factor of {c[1] / c[0]:.1f}), at one temperature {_few(c[2])} to "
-                f"{_few(c[3])} ({c[3] / c[2]:.1f}); alpha is its inverse root."
+                f"models (a factor of {_few(c[1] / c[0])}), at one temperature {_few(c[2])} to "
+                f"{_few(c[3])} ({_few(c[3] / c[2])}); alpha is its inverse root."
             )
     moving = [t for t in within if fmean(drift(result, t)["start"]) < 1]
     if moving:
@@ -470,7 +471,7 @@ def reading(result: dict[str, Any]) -> list[str]:
         found.append(
             f"T {worst:g} means {_range(d['start'])} nats at the starts of the seeds, "
             f"{_range(d['end'])} at the ends of their runs and {_range(d['other'])} with the other "
-            f"model, a factor of {d['factor']:.1f} in all ({d['run']:.1f} along a run); what a "
+            f"model, a factor of {_few(d['factor'])} in all ({_few(d['run'])} along a run); what a "
             f"budget gives varies by at most {max(reached):.2f}."
         )
     return found
@@ -529,7 +530,7 @@ def _map(result: dict[str, Any], axes: Any) -> None:
             fontsize=8,
             weight="bold" if broken else "normal",
         )
-    axes.set_xticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
+    axes.set_xticks(range(len(temperatures)), [f"{t:g}" for t in temperatures], fontsize=8)
     axes.set_yticks(range(len(epsilons)), [f"{e:g}" for e in epsilons])
     axes.set(
         title="Held-out loss minus uniform's; x seeds unstable",
@@ -587,13 +588,23 @@ def _curves(result: dict[str, Any], axes: Any) -> None:
         axes.plot(runs[0]["steps"], means, label=label, **look)
     start = fmean(r["loss"][0] for r in chosen[0][1])
     axes.axhline(start, color="#8a8f98", linewidth=0.8, linestyle=":")
-    axes.annotate("start", (0, start), (2, 3), textcoords="offset points", color="#8a8f98")
+    axes.annotate(
+        "start",
+        (chosen[0][1][0]["steps"][-1], start),
+        (0, 2),
+        textcoords="offset points",
+        color="#8a8f98",
+        ha="right",
+        fontsize=8,
+    )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
     axes.set(
         title=f"Held-out loss along the run (eps {epsilon:g})",
         xlabel="optimizer step",
         ylabel="nats a token",
     )
-    axes.legend(ncols=2, fontsize=8)
+    axes.legend(ncols=3, fontsize=8, loc="upper right")
 
 
 def _exact(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -633,7 +644,7 @@ def _ratios(result: dict[str, Any], axes: Any) -> None:
 
 def _alphas(result: dict[str, Any], axes: Any) -> None:
     _by_x(result, axes, lambda record, k: record["kl"][k])
-    axes.set(title="Against KL they draw together; alpha is the inverse root", xlabel="KL (nats)")
+    axes.set(title="The same curves against KL; alpha is the inverse root", xlabel="KL (nats)")
     right = axes.secondary_yaxis(
         "right", functions=(lambda v: _power(v, -0.5), lambda a: _power(a, -2.0))
     )
@@ -673,7 +684,7 @@ def _along(result: dict[str, Any], axes: Any) -> None:
             axes.plot(middles, run["kl"], color=colour, lw=1.3, linestyle="--")
         axes.annotate(
             f"KL {budget:g}",
-            (middles[0], runs[0]["kl"][0]),
+            (edges[0], runs[0]["kl"][0]),
             (-4, 0),
             textcoords="offset points",
             color=colour,
@@ -687,4 +698,4 @@ def _along(result: dict[str, Any], axes: Any) -> None:
         ylabel="KL (nats)",
         yscale="log",
     )
-    axes.margins(x=0.14)
+    axes.margins(x=0.2)
