@@ -51,8 +51,10 @@ IN_DOMAIN, HARDER, STORIES = SETS = ("in-domain", "harder", "stories")
 class TaskSetting(Setting):
     """The start, the task, and a run of ``steps`` on it.
 
-    Numbers go up to ``largest``. The start takes ``train_steps`` on problems of ``first``
-    operations, half of them stories. Runs take ``rows`` expressions of ``operations``; they are
+    Numbers go up to ``largest``. The start trains on problems of ``first`` operations, half of
+    them stories, until it solves a share ``goal`` of ``asked`` expressions of ``operations``, asked
+    every ``asked_every`` steps, or for ``train_steps``; so the starts of all seeds leave about the
+    same room. Runs take ``rows`` expressions of ``operations``; they are
     judged on ``held_out`` problems each: such expressions, ``harder`` ones, and stories of
     ``operations``, of which no calculation is trained on. The learning rate ``run_lr`` is warmed
     up over a tenth of the steps and then falls linearly to zero; ``judged`` times along the run
@@ -62,7 +64,10 @@ class TaskSetting(Setting):
     first: tuple[int, int] = (1, 4)
     operations: tuple[int, int] = (2, 3)
     harder: tuple[int, int] = (4, 4)
-    largest: int = 10
+    largest: int = 16
+    goal: float = 0.4
+    asked: int = 256
+    asked_every: int = 50
     steps: int = 64
     run_lr: float = 2e-3
     judged: int = 1
@@ -77,10 +82,9 @@ FULL = TaskSetting(
     hidden=64,
     vocab=600,
     length=160,
-    largest=16,
     batch_size=16,
     lr=4e-3,
-    train_steps=800,
+    train_steps=2000,
     rows=8000,
     held_out=320,
 )
@@ -90,11 +94,14 @@ QUICK = TaskSetting.quick(
     length=160,
     batch_size=4,
     rows=640,
+    asked=8,
+    asked_every=4,
     held_out=8,
     train_steps=8,
     first=(1, 2),
     operations=(1, 2),
     harder=(3, 3),
+    largest=10,
     steps=4,
     judged=2,
     rounds=1,
@@ -108,6 +115,7 @@ class Task(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     first: list[Row]  # of the start
     rows: list[Row]  # of the runs
+    asked: list[Problem]  # of the training side, which stop the start
     held_out: dict[str, list[Problem]]  # by the names of SETS
     held_out_rows: dict[str, list[Row]]
 
@@ -141,7 +149,8 @@ def task(setting: TaskSetting) -> Task:
         return encode(examples, tokenizer, max_length=setting.length).rows
 
     held_out_rows = {name: rows(part) for name, part in held_out.items()}
-    return Task(tokenizer, rows(first), rows(trained), held_out, held_out_rows)
+    asked = problems(setting.asked, setting.operations, 0.0, seed=2)
+    return Task(tokenizer, rows(first), rows(trained), asked, held_out, held_out_rows)
 
 
 # ---- the start ----
@@ -152,6 +161,7 @@ def start_file(folder: Path, setting: TaskSetting, seed: int) -> Path:
     names = (
         *("architecture", "layers", "hidden", "heads", "vocab", "length", "train_steps", "warmup"),
         *("batch_size", "lr", "rows", "first", "operations", "largest"),
+        *("goal", "asked", "asked_every"),
     )
     values = [seed, torch.__version__, *(getattr(setting, name) for name in names)]
     key = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
@@ -168,21 +178,31 @@ def load_start(setting: TaskSetting, seed: int, weights: Path | None = None) -> 
 
 def make_start(setting: TaskSetting, seed: int, weights: Path) -> dict[str, Any]:
     """Trains the start of a seed on problems of its own, unless ``weights`` are there, and saves
-    it. Returns how it is judged."""
+    it. Returns how it is judged, and the steps that it took."""
     model = load_start(setting, seed, weights if weights.exists() else None)
+    taken = weights.with_suffix(".json")
     if not weights.exists():
-        rows = task(setting).first
-        order = endless(drawn(rows, len(rows), seed), setting.batch_size)
-        optimizer = adamw(model, setting.lr)
-        for step in range(setting.train_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = setting.lr * min(1.0, (step + 1) / max(setting.warmup, 1))
-            train_step(model, optimizer, next(order))
         weights.parent.mkdir(parents=True, exist_ok=True)
+        taken.write_text(json.dumps(_train(model, setting, seed)), encoding="utf-8")
         partial = weights.with_suffix(f".{os.getpid()}.partial")
         torch.save(model.state_dict(), partial)
         os.replace(partial, weights)
-    return {"seed": seed, **judge(model, setting)}
+    steps = json.loads(taken.read_text(encoding="utf-8"))
+    return {"seed": seed, "steps": steps, **judge(model, setting)}
+
+
+def _train(model: PreTrainedModel, setting: TaskSetting, seed: int) -> int:
+    """Plain supervision until the goal is reached; returns the steps it took."""
+    tokenizer, rows, _, asked, *_ = task(setting)
+    order = endless(drawn(rows, len(rows), seed), setting.batch_size)
+    optimizer = adamw(model, setting.lr)
+    for step in range(1, setting.train_steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = setting.lr * min(1.0, step / max(setting.warmup, 1))
+        train_step(model, optimizer, next(order))
+        if step % setting.asked_every == 0 and accuracy(model, tokenizer, asked) >= setting.goal:
+            break
+    return step
 
 
 def make_starts(
@@ -308,19 +328,23 @@ def _trainer(
 def judge(model: PreTrainedModel, setting: TaskSetting) -> dict[str, Any]:
     """``loss`` (nats a token) and ``accuracy`` (exact match, greedy) on each of ``SETS``."""
     found: dict[str, Any] = {"loss": {}, "accuracy": {}}
-    tokenizer, _, _, held_out, held_out_rows = task(setting)
-    for name, problems in held_out.items():
-        rows = held_out_rows[name]
-        prompts = prompt_tokens([p.prompt for p in problems], tokenizer)
-        pairs = zip(rows, prompts, strict=True)
-        longest = max(len(row["input_ids"]) - len(prompt) for row, prompt in pairs)
-        responses = greedy_responses(
-            model, tokenizer, prompts, max_new_tokens=longest, batch_size=256
-        )
-        right = [answer_of(r) == p.answer for r, p in zip(responses, problems, strict=True)]
-        found["loss"][name] = row_losses(model, rows).mean
-        found["accuracy"][name] = sum(right) / len(right)
+    for name, problems in task(setting).held_out.items():
+        found["loss"][name] = row_losses(model, task(setting).held_out_rows[name]).mean
+        found["accuracy"][name] = accuracy(model, task(setting).tokenizer, problems)
     return found
+
+
+def accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> float:
+    """The share of the problems whose answer the greedy response has, which is cut at the length
+    of the longest worked solution."""
+    prompts = prompt_tokens([p.prompt for p in problems], tokenizer)
+    solutions = tokenizer([p.response for p in problems])["input_ids"]
+    longest = 1 + max(map(len, solutions))
+    responses = greedy_responses(model, tokenizer, prompts, max_new_tokens=longest, batch_size=256)
+    right = [answer_of(r) == p.answer for r, p in zip(responses, problems, strict=True)]
+    return sum(right) / len(right)
 
 
 def step_ratios(

@@ -253,15 +253,22 @@ def _start_line(result: Record, start: str) -> str:
 
 def _arm_line(result: Record, arm: str) -> str:
     runs = _runs(result, arm, REFERENCE)
-    gains = [_points(interval([gain(run, what) for run in runs])) for what in (GREEDY, SAMPLED)]
+    ends, gains = (
+        [
+            _percent(interval([value(run, what) for run in runs]), signed=value is gain)
+            for what in (GREEDY, SAMPLED)
+        ]
+        for value in (end, gain)
+    )
     others = "; ".join(
-        f"{NAMES[start]}'s ends {_points(run_gap(result, arm, start, end, GREEDY))} greedily and "
-        f"{_points(run_gap(result, arm, start, end, SAMPLED))} sampled from that"
+        f"{NAMES[start]}'s ends {_points(run_gap(result, arm, start, end, GREEDY))} from that "
+        f"greedily, with a gain of {_points(run_gap(result, arm, start, gain, GREEDY))} against "
+        f"{NAMES[REFERENCE]}'s, and {_points(run_gap(result, arm, start, end, SAMPLED))} sampled"
         for start in METHODS[1:]
     )
     return (
-        f"{arm} gains {gains[0]} greedily and {gains[1]} sampled from {NAMES[REFERENCE]}'s start; "
-        f"{others}."
+        f"{arm} takes {NAMES[REFERENCE]}'s start to {ends[0]}% greedily ({gains[0]} points) and "
+        f"{ends[1]}% sampled ({gains[1]}); {others}."
     )
 
 
@@ -275,23 +282,24 @@ def _control_line(result: Record) -> str:
     )
     return (
         f"As many steps of plain supervision at {UNIFORM}'s learning rate gain {gains[0]} points "
-        f"greedily and {gains[1]} sampled, on average over the starts; more than that gain {over}."
+        f"greedily and {gains[1]} sampled, on average over the starts; above that, {over}."
     )
 
 
 def _sharpness_line(result: Record) -> str:
     entropies = {m: _figure(result, m, "entropy").mean for m in METHODS}
-    sharpest = min(entropies, key=lambda m: entropies[m])
-    line = (
-        f"The sharpest start is {NAMES[sharpest]}'s ({entropies[sharpest]:.3f} nats a token "
-        f"against {entropies[REFERENCE]:.3f} after {NAMES[REFERENCE]})"
-    )
-    if sharpest != REFERENCE:
-        gaps = [mean_gain_gap(result, sharpest, what) for what in (GREEDY, SAMPLED)]
-        line += (
-            f"; against {NAMES[REFERENCE]}'s, its gain over the {len(ARMS)} arms is "
-            f"{_points(gaps[0])} greedily, so {_left(gaps[0])}, and {_points(gaps[1])} sampled, so "
-            f"{_left(gaps[1])}"
+    ordered = sorted(METHODS, key=lambda m: entropies[m])
+    lines = []
+    for start, word in ((ordered[0], "sharpest"), (ordered[-1], "least sharp")):
+        line = f"The {word} start is {NAMES[start]}'s ({entropies[start]:.3f} nats a token"
+        if start == REFERENCE:
+            lines.append(f"{line}).")
+            continue
+        gaps = [mean_gain_gap(result, start, what) for what in (GREEDY, SAMPLED)]
+        lines.append(
+            f"{line} against {entropies[REFERENCE]:.3f} after {NAMES[REFERENCE]}); its gain over "
+            f"the {len(ARMS)} arms, against {NAMES[REFERENCE]}'s, is {_points(gaps[0])} greedily, "
+            f"so {_left(gaps[0])}, and {_points(gaps[1])} sampled, so {_left(gaps[1])}."
         )
     known = [
         (arm, [sharpness_correlation(result, arm, what) for what in (GREEDY, SAMPLED)])
@@ -300,20 +308,20 @@ def _sharpness_line(result: Record) -> str:
     listed = ", ".join(
         f"{r[0]:.2f} and {r[1]:.2f} with {arm}" for arm, r in known if not any(map(math.isnan, r))
     )
-    count = len(_runs(result, ARMS[0], REFERENCE)) * len(METHODS)
-    return (
-        f"{line}. Within seeds, the correlation of a start's entropy with the gain, greedy and "
-        f"sampled, is {listed} ({count} runs each)."
-        if listed
-        else f"{line}."
-    )
+    if listed:
+        count = len(_runs(result, ARMS[0], REFERENCE)) * len(METHODS)
+        lines.append(
+            "Within seeds, the correlation of a start's entropy with the gain, greedy and sampled, "
+            f"is {listed} ({count} runs each)."
+        )
+    return " ".join(lines)
 
 
 def _left(gap: Interval) -> str:
     return {
-        "lower": "it leaves less to gain",
-        "higher": "it does not leave less to gain",
-    }.get(verdict(gap), "whether it leaves less to gain is not settled")
+        "lower": "it gains less",
+        "higher": "it gains more",
+    }.get(verdict(gap), "whether it gains less is not settled")
 
 
 def _points(value: Interval) -> str:
@@ -331,7 +339,7 @@ def verdict(gap: Interval) -> str:
 
 
 def plot(result: Record, path: Path) -> None:
-    with figure(path, 2, 3, size=(14, 8.4)) as (drawn_on, axes):
+    with figure(path, 2, 3, size=(14, 9)) as (drawn_on, axes):
         for place, arm in enumerate(ARMS):
             _plot_accuracy(axes[0, place], result, arm)
             if place:
@@ -344,7 +352,22 @@ def plot(result: Record, path: Path) -> None:
             for start in (BASE, *METHODS)
         ]
         labels = [NAMES[start] for start in (BASE, *METHODS)]
+        drawn_on.suptitle(_headline(result))
         drawn_on.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+
+
+def _headline(result: Record) -> str:
+    gaps = []
+    for start in METHODS[1:]:
+        pairs = [(_runs(result, a, start), _runs(result, a, REFERENCE)) for a in ARMS]
+        gap = _mean_gap(pairs, end, GREEDY)
+        clear = "" if gap.low > 0 or gap.high < 0 else ", not clear"
+        gaps.append(f"{NAMES[start]}'s {_percent(gap, signed=True)} points{clear}")
+    return (
+        f"After reinforcement learning, against {NAMES[REFERENCE]}'s start: {'; '.join(gaps)}\n"
+        "(mean of the arms; bars are 95% intervals over seeds, above with each seed's own level "
+        "taken out)"
+    )
 
 
 def _plot_accuracy(axes: Any, result: Record, arm: str) -> None:
@@ -376,8 +399,7 @@ def _plot_accuracy(axes: Any, result: Record, arm: str) -> None:
         f"{NAMES[m]} {100 * mean(gain(run, GREEDY) for run in runs[m]):+.1f}" for m in METHODS
     )
     axes.set_title(f"{arm}: gain in points\n{gains}")
-    axes.set(xlabel="rollouts")
-    axes.set_ylabel("held-out accuracy, greedy")
+    axes.set(xlabel="rollouts", ylabel="held-out accuracy, greedy" if arm == ARMS[0] else "")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 

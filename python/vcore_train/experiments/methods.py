@@ -111,8 +111,8 @@ def gap(result: dict[str, Any], arm: str, equal: str, figure: str, name: str) ->
 
 
 def records(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each run, and each start, and set of problems."""
-    starts = [{**s, "arm": "start", "equal": BOTH, "steps": 0} for s in result["starts"]]
+    """A row for each run, and each start with the steps before it, and set of problems."""
+    starts = [{**s, "arm": "start", "equal": BOTH} for s in result["starts"]]
     return [
         {
             **{key: run[key] for key in ("seed", "arm", "equal", "steps")},
