@@ -169,15 +169,15 @@ class Bench:
 
 
 def tensors_in(result: Any) -> list[Tensor]:
-    """The tensors of nested tuples, lists and dicts; each storage once."""
+    """The tensors of nested tuples, lists and dicts; of each storage the largest."""
     if isinstance(result, Tensor):
         return [result]
     if isinstance(result, Mapping):
         result = list(result.values())
     if not isinstance(result, Sequence) or isinstance(result, str):
         return []
-    found = {t.untyped_storage().data_ptr(): t for part in result for t in tensors_in(part)}
-    return list(found.values())
+    inside = sorted((t for part in result for t in tensors_in(part)), key=lambda t: t.nbytes)
+    return list({t.untyped_storage().data_ptr(): t for t in inside}.values())
 
 
 def timed_figure(figure: Figure, times: Times | None) -> Figure:
