@@ -3,9 +3,9 @@
     python -m pytest benchmarks/bench_dual.py --benchmark-only
 
 Operators are bound by memory, and their unit is a copy of one of their inputs, which stays in the
-cache as theirs do; PyTorch's own forward mode stands beside them. The unit of the dual pass (utilities of 4 x 512 tokens, 6-layer
-Qwen3 with H = 512, bf16) is a plain forward pass of the same batch: arithmetic asks for 2 of them
-with LoRA and for 3 with all parameters.
+cache as theirs do; PyTorch's own forward mode stands beside them. The unit of the dual pass
+(utilities of 4 x 512 tokens, 6-layer Qwen3 with H = 512, bf16) is a plain forward pass of the same
+batch: arithmetic asks for 2 of them with LoRA and for 3 with all parameters.
 """
 
 import functools

@@ -34,7 +34,8 @@ def gvm_variance(
     Raises:
         ValueError: wrong shapes, NaN, infinite or negative values, p beyond 1. TypeError: dtypes.
 
-    Source: docs/mathematics.md; the first term alone is the bound of GVM (arXiv 2505.02391), lemma 1.
+    Source: docs/mathematics.md; the first term alone is the bound of GVM (arXiv 2505.02391),
+    lemma 1.
     """
     op = "gvm_variance"
     rms = check_prompts(op, "grad_rms", grad_rms)

@@ -56,7 +56,8 @@ def linear_nll_jvp(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or placements that do not fit.
 
-    Source: the utility of VCORE (arXiv 2510.27462) as a forward-mode derivative, docs/mathematics.md.
+    Source: the utility of VCORE (arXiv 2510.27462) as a forward-mode derivative,
+    docs/mathematics.md.
     """
     op = "linear_nll_jvp"
     options = HeadOptions(softcap, scale, ignore_index)

@@ -4,8 +4,8 @@ A row is a prompt and a response. Their fields are named by the caller or recogn
 row: GSM8K's ``question``/``answer``, ``prompt`` with ``response`` or ``completion``,
 ``instruction``/``output``, ``problem``/``solution``, OpenMathReasoning's ``problem`` with
 ``generated_solution``, or a conversation in ``messages`` whose last turn, the assistant's, is the
-response. A dotted name, ``reward_model.ground_truth``, reaches inside a field. Every complaint about
-a row names the file and the row.
+response. A dotted name, ``reward_model.ground_truth``, reaches inside a field. Every complaint
+about a row names the file and the row.
 """
 
 import json

@@ -165,8 +165,8 @@ class VcoreMixin(OwnLosses):
         if args.direction in ("momentum", "adam"):
             logger.warning(
                 "direction=%r averages the reweighted gradients that it brought about itself, "
-                "and can end worse than uniform weights. direction='ema' averages gradients of "
-                "the uniform loss; direction_precondition=True gives it Adam's metric.",
+                "and can end worse than uniform weights. Use direction='probe', or 'ema' with "
+                "ema_decay=0.5; direction_precondition=True gives either Adam's metric.",
                 args.direction,
             )
 

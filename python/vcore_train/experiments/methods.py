@@ -192,17 +192,17 @@ def reading(result: dict[str, Any]) -> list[str]:
 def _compared(result: dict[str, Any], arm: str, equal: str) -> str:
     """How an arm differs from SFT: the loss, then accuracies by what they say."""
     loss = gap(result, arm, equal, "loss", IN_DOMAIN)
-    said = [f"loss {signed(loss, 4)} ({verdict(loss, higher_is_better=False)})"]
+    said = [f"loss {signed(loss, 4)} nats ({verdict(loss, higher_is_better=False)})"]
     points = {name: percent(gap(result, arm, equal, "accuracy", name)) for name in SETS}
     for judgement in ("better", "worse", "no clear difference"):
         those = [
-            f"{name} ({signed(value, 1)})"
+            f"{name} ({signed(value, 1)} points)"
             for name, value in points.items()
             if verdict(value, higher_is_better=True) == judgement
         ]
         said += [f"{judgement}: {', '.join(those)}"] if those else []
     steps = runs_of(result, arm, equal)[0]["steps"]
-    return f"{arm} ({steps} steps) minus SFT, in nats and points: {'; '.join(said)}."
+    return f"{arm} ({steps} steps) minus SFT: {'; '.join(said)}."
 
 
 def loss_ratio(result: dict[str, Any], arm: str, equal: str) -> Interval:
