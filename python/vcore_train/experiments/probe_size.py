@@ -168,6 +168,12 @@ def correlation(result: dict[str, Any], size: int, at: str, kind: str = "pearson
     return interval([q[kind][str(size)] for q in result["quality"] if q["at"] == at])
 
 
+def fall(result: dict[str, Any], size: int) -> Interval:
+    """Of the correlation from the start to the end of the run of SFT, paired by seed."""
+    start, end = ([q for q in result["quality"] if q["at"] == at] for at in (START, END))
+    return paired(end, start, "pearson", str(size))
+
+
 def gap(result: dict[str, Any], size: int, *keys: str) -> Interval:
     """Of a figure, less SFT's, paired by seed."""
     return paired(runs_of(result, size), runs_of(result, 0), *keys)
@@ -239,6 +245,8 @@ def reading(result: dict[str, Any]) -> list[str]:
         f"{listed([correlation(result, s, START).mean for s in sizes], 2)} at the start and "
         f"{listed([correlation(result, s, END).mean for s in sizes], 2)} at the end of SFT's run.",
     ]
+    falls = (f"{signed(fall(result, size), 2)} with {size}" for size in sizes)
+    lines.append(f"From the start to the end r changes by {', '.join(falls)}.")
     for size in sizes:
         loss = gap(result, size, "loss", IN_DOMAIN)
         points = percent(gap(result, size, "accuracy", IN_DOMAIN))
@@ -270,9 +278,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
         _points(grid[2], times, found, COLOURS["vcore"])
         for axes in grid:
             low, high = axes.get_ylim()
-            for time, size in zip(times, sizes, strict=True):
+            for place, (time, size) in enumerate(zip(times, sizes, strict=True)):
+                lift = (0, 2 + 9 * (place % 2))  # small probes cost nearly the same
                 axes.annotate(
-                    f"{size}", (time, high), ha="center", va="bottom", size=8, color="#555555"
+                    *(f"{size}", (time, high), lift),
+                    textcoords="offset points",
+                    ha="center",
+                    size=8,
+                    color="#555555",
                 )
             axes.set(
                 xlabel="time of a step, in steps of SFT",
@@ -293,7 +306,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             ("Quality of the utilities", "Held-out loss minus SFT's", "Accuracy minus SFT's"),
             strict=True,
         ):
-            axes.set_title(f"{title}\n(above: rows in the probe)", pad=16)
+            axes.set_title(f"{title}\n(above: rows in the probe)", pad=20)
         few, many = (correlation(result, size, START).mean for size in (sizes[0], sizes[-1]))
         says = verdict(change(result, "loss", IN_DOMAIN), higher_is_better=False)
         drawn_on.suptitle(

@@ -20,6 +20,7 @@ from vcore_train.experiments.arithmetic_task import (
     VCORE,
     Arm,
     TaskSetting,
+    figure_of,
     fine_tune,
     make_starts,
     paired,
@@ -103,6 +104,11 @@ def rises(result: dict[str, Any], arm: str, size: int) -> Interval:
     return interval([r["rise"] for r in runs_of(result, arm, size)])
 
 
+def gap(result: dict[str, Any], arm: str, size: int, *keys: str) -> Interval:
+    """Of a figure, less SFT's, paired by seed."""
+    return paired(runs_of(result, arm, size), runs_of(result, SFT.name, size), *keys)
+
+
 def overfits(result: dict[str, Any], arm: str) -> list[int]:
     """The sizes at which held-out loss ends clearly above its least value."""
     return [size for size in sizes_of(result) if rises(result, arm, size).low > 0]
@@ -124,7 +130,6 @@ def records(result: dict[str, Any]) -> list[dict[str, Any]]:
 def tables(result: dict[str, Any]) -> list[Table]:
     rows = []
     for size in sizes_of(result):
-        base = runs_of(result, SFT.name, size)
         for arm in (a.name for a in ARMS):
             runs = runs_of(result, arm, size)
             epochs = result["steps"] * result["batch"] / size
@@ -134,11 +139,11 @@ def tables(result: dict[str, Any]) -> list[Table]:
                     interval([r["train_loss"] for r in runs]).text(4),
                     interval([r["loss"][IN_DOMAIN] for r in runs]).text(4),
                     rises(result, arm, size).text(4),
-                    "" if arm == SFT.name else signed(paired(runs, base, "loss", IN_DOMAIN), 4),
+                    "" if arm == SFT.name else signed(gap(result, arm, size, "loss", IN_DOMAIN), 4),
                     percent(interval([r["accuracy"][IN_DOMAIN] for r in runs])).text(1),
                     ""
                     if arm == SFT.name
-                    else signed(percent(paired(runs, base, "accuracy", IN_DOMAIN)), 1),
+                    else signed(percent(gap(result, arm, size, "accuracy", IN_DOMAIN)), 1),
                 ]
             )
     headings = (
@@ -171,7 +176,7 @@ def reading(result: dict[str, Any]) -> list[str]:
         smallest = rises(result, arm, sizes[0])
         if over:
             lines.append(
-                f"{arm} over-fits with {', '.join(map(str, over))}: with {over[-1]} the loss ends "
+                f"{arm} over-fits with {_listed(over)}: with {over[-1]} the loss ends "
                 f"{rises(result, arm, over[-1]).text(4)} nats above its least value."
             )
         else:
@@ -182,65 +187,63 @@ def reading(result: dict[str, Any]) -> list[str]:
     for arm in (a.name for a in ARMS[1:]):
         parts = []
         for size in sizes:
-            runs, base = runs_of(result, arm, size), runs_of(result, SFT.name, size)
-            loss = paired(runs, base, "loss", IN_DOMAIN)
-            points = percent(paired(runs, base, "accuracy", IN_DOMAIN))
+            loss = gap(result, arm, size, "loss", IN_DOMAIN)
+            points = percent(gap(result, arm, size, "accuracy", IN_DOMAIN))
             parts.append(
                 f"with {size} loss {signed(loss, 4)} ({verdict(loss, higher_is_better=False)}), "
                 f"{signed(points, 1)} points ({verdict(points, higher_is_better=True)})"
             )
         lines.append(f"{arm} minus SFT: {'; '.join(parts)}.")
+        rose = [(size, gap(result, arm, size, "rise")) for size in overfits(result, SFT.name)]
+        if rose:
+            parts = [
+                f"{signed(value, 4)} with {size} ({verdict(value, higher_is_better=False)})"
+                for size, value in rose
+            ]
+            lines.append(f"Where SFT over-fits, {arm} rises by {', '.join(parts)} against it.")
     return lines
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     sizes = sizes_of(result)
-    with figure(path, 1, 3, size=(12.5, 4.3)) as (drawn_on, (ends, curve, right)):
-        for arm in ARMS:
+    with figure(path, 1, 4, size=(15, 4.3)) as (drawn_on, (ends, curve, right, gaps)):
+        for place, arm in enumerate(ARMS):
             colour = COLOURS[arm.options["method"]]
-            for axes, keys, scale in (
-                (ends, ("loss", IN_DOMAIN), 1),
-                (right, ("accuracy", IN_DOMAIN), 100),
-            ):
-                found = [
-                    interval([scale * r[keys[0]][keys[1]] for r in runs_of(result, arm.name, s)])
-                    for s in sizes
-                ]
-                means, halves = [f.mean for f in found], [f.half for f in found]
-                axes.errorbar(
-                    sizes, means, halves, color=colour, marker="o", capsize=2, label=arm.name
-                )
-            trained = [
-                interval([r["train_loss"] for r in runs_of(result, arm.name, s)]).mean
-                for s in sizes
-            ]
-            ends.plot(sizes, trained, color=colour, linestyle=":", marker=".")
+
+            def means(*keys: str, arm: Arm = arm) -> list[float]:
+                runs = (runs_of(result, arm.name, size) for size in sizes)
+                return [interval([figure_of(r, *keys) for r in of_size]).mean for of_size in runs]
+
+            style = {"color": colour, "marker": "o", "label": arm.name}
+            ends.plot(sizes, means("loss", IN_DOMAIN), **style)
+            ends.plot(sizes, means("train_loss"), color=colour, linestyle=":", marker=".")
+            right.plot(sizes, [100 * share for share in means("accuracy", IN_DOMAIN)], **style)
+            if arm is SFT:
+                continue
+            apart = [size * (0.92 if place == 1 else 1.08) for size in sizes]
+            points = [percent(gap(result, arm.name, s, "accuracy", IN_DOMAIN)) for s in sizes]
+            heights, halves = [p.mean for p in points], [p.half for p in points]
+            gaps.errorbar(apart, heights, halves, capsize=2, **style)
         for place, size in enumerate(sizes):
             shade = 0.25 + 0.75 * (place + 1) / len(sizes)
-            for arm, style in ((SFT, "-"), (VCORE, "--")):
+            for arm, dashes in ((SFT, "-"), (VCORE, "--")):
                 runs = runs_of(result, arm.name, size)
-                means = [
-                    interval(values).mean
-                    for values in zip(*(r["curve"] for r in runs), strict=True)
-                ]
+                values = zip(*(r["curve"] for r in runs), strict=True)
+                along = [interval(of_seeds).mean for of_seeds in values]
                 curve.plot(
                     runs[0]["curve_steps"],
-                    means,
+                    along,
                     color=COLOURS[arm.options["method"]],
                     alpha=shade,
-                    linestyle=style,
+                    linestyle=dashes,
                     label=arm.name if place == len(sizes) - 1 else None,
                 )
                 if arm is SFT:
+                    end = (runs[0]["curve_steps"][-1], along[-1])
                     curve.annotate(
-                        f"{size}",
-                        (runs[0]["curve_steps"][-1], means[-1]),
-                        (4, 0),
-                        textcoords="offset points",
-                        va="center",
-                        size=8,
+                        f"{size}", end, (4, 0), textcoords="offset points", va="center", size=8
                     )
-        for axes in (ends, right):
+        for axes in (ends, right, gaps):
             axes.set(xscale="log", xlabel="supervised examples")
             axes.set_xticks(sizes, [str(s) for s in sizes])
             axes.minorticks_off()
@@ -250,15 +253,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
             yscale="log",
         )
         curve.set(
-            title="Along the run, by number of examples",
+            title="Along the run, by examples",
             xlabel="optimizer step",
             ylabel="held-out loss (nats a token)",
             yscale="log",
         )
         right.set(title="In-domain accuracy", ylabel="exact match, %")
+        gaps.set(title="Accuracy minus SFT's", ylabel="points (lines: 95% intervals)")
+        gaps.axhline(0, color=COLOURS["sft"], linewidth=1.4)
         for axes in (ends, curve):
             plain_log(axes.yaxis)
-        for axes in (ends, curve, right):
+        for axes in (ends, curve, right, gaps):
             axes.legend(fontsize=8)
         drawn_on.suptitle(_title(result), size=11)
 
@@ -267,5 +272,9 @@ def _title(result: dict[str, Any]) -> str:
     parts = []
     for arm in (a.name for a in ARMS):
         over = overfits(result, arm)
-        parts.append(f"{arm} with {' and '.join(map(str, over)) if over else 'no number'}")
-    return f"Held-out loss clearly rises again: {', '.join(parts)} of examples"
+        parts.append(f"{arm} {f'with {_listed(over)} examples' if over else 'not clearly'}")
+    return f"Held-out loss ends above its least value: {', '.join(parts)}"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " and ".join(map(str, sizes))
