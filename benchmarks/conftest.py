@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from vcore_train import bench_report
+from vcore_train.bench import note_run
 from vcore_train.bench_record import Record, environment
 
 from benchmarks.suite import Bench, default_device, measure_ceilings
@@ -25,8 +26,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--bench-minutes",
         type=float,
-        default=10,
-        help="after so many, subjects get the fewest rounds (default: 10)",
+        default=9,
+        help="after so many, subjects get the fewest rounds (default: 9)",
     )
 
 
@@ -72,11 +73,12 @@ def bench(benchmark, pytestconfig, device, _ceilings):
 
 
 @pytest.hookimpl(trylast=True)  # after pytest-benchmark's own tables
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     record = config.stash[RECORD]
     if not record.rows and not record.growth:
         return
     record.seconds = time.monotonic() - config.stash[BEGIN]
+    note_run(record, terminalreporter, exitstatus)
     for row in record.rows:  # a product of the suite may be faster than the square one
         gemm = row.kind == "yardstick" and row.ceiling.endswith("GEMM")
         if gemm and (rate := record.rate(row)):

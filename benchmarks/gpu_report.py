@@ -2,13 +2,13 @@
 
 import json
 import platform
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from vcore_train.provenance import checkout_state
 
 from benchmarks.measure import Bench, Figure
 from benchmarks.peers import PEERS, package_version
@@ -17,22 +17,13 @@ DRY = "dry run, no figures"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _git(*arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
-
-
 def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
     """Commit, versions and hardware."""
     names = {"triton", "numpy"} | {peer.package for peer in PEERS if peer.package}
+    head, changed = checkout_state(ROOT) or ("unknown", 0)
     found = {
-        "commit": commit or _git("rev-parse", "HEAD") or "unknown",
-        "changed files": len(_git("status", "--porcelain").splitlines()),
+        "commit": commit or head,
+        "changed files": changed,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: package_version(name) for name in sorted(names)},

@@ -20,7 +20,7 @@ from benchmarks.measure import Call, allocated_peak, resident_peak, tensors_in
 from benchmarks.peers import Absent, foreign_errors
 
 ROUNDS, QUICK_ROUNDS = 9, 2
-SECONDS = 3.0  # of a subject and its yardstick, all rounds together, where they are not few
+SECONDS = 2.0  # of a subject and its yardstick, all rounds together, where they are not few
 Check = Callable[[Any], str]  # of a call's result: the errors; AssertionError where they are wrong
 Memory = Literal["resident", "allocator"]
 

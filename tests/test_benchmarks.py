@@ -1,6 +1,7 @@
 """The benchmark suite without its figures: gates, absent peers, the record, and that it runs."""
 
 import functools
+import json
 import math
 import os
 import subprocess
@@ -294,7 +295,38 @@ def test_files_of_a_record(tmp_path):
         assert part in text, part
     assert (tmp_path / "new" / "bench-cpu-roofline.png").read_bytes().startswith(b"\x89PNG")
     record.rows = [row for row in record.rows if row.status == "absent"]
-    assert len(bench_report.write(record, tmp_path / "bare")) == 2  # nothing to draw
+    assert len(bench_report.write(record, tmp_path / "new")) == 2  # nothing to draw
+    assert not (tmp_path / "new" / "bench-cpu-roofline.png").exists()  # nor that of another run
+
+
+def test_a_part_of_the_suite_leaves_the_record_of_all_of_it(tmp_path):
+    whole, *_ = made_up()
+    bench_report.write(whole, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    some = made_up()[0]
+    some.selection = ["gibbs", "head"]
+    cut = made_up()[0]
+    cut.missing, cut.exit_status = ["3 of 9 tests ran", "interrupted"], 2
+    for record, name in ((some, "bench-cpu-gibbs-head"), (cut, "bench-cpu-partial")):
+        paths = bench_report.write(record, tmp_path)
+        assert [path.name for path in paths][:2] == [f"{name}.json", f"{name}.md"]
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    found = json.loads((tmp_path / "bench-cpu-partial.json").read_text())
+    assert (found["complete"], json.loads(before["bench-cpu.json"])["complete"]) == (False, True)
+    note = "Not all of it ran: 3 of 9 tests ran; interrupted. pytest ended with exit status 2."
+    assert f"**{note}**" in (tmp_path / "bench-cpu-partial.md").read_text()
+    assert note in bench_report.text(cut)
+    assert "Not all" not in before["bench-cpu.md"].decode()
+    text = (tmp_path / "bench-cpu-gibbs-head.md").read_text()
+    assert "`vcore bench --select gibbs --select head`" in text
+
+
+def test_what_was_not_finite_is_written_and_read(tmp_path):
+    record, ours, *_ = made_up()
+    ours.facts = {"r": math.nan}
+    path = bench_report.write(record, tmp_path)[0]
+    assert Record.read(path).rows[1].facts == {"r": None}
+    assert "r none" in bench_report.text(Record.read(path))
 
 
 # ---- all of it ----
@@ -308,7 +340,11 @@ def test_the_suite_runs_and_leaves_its_record(tmp_path):
             "(test_head and bfloat16-V65536-trained or growth) and not CCE and not torch.compile",
         ),
     )
-    record = Record.read(tmp_path / "bench-quick-cpu.json")
+    record = Record.read(tmp_path / "bench-quick-cpu-partial.json")
+    assert (record.selection, record.exit_status) == ([], 0)
+    left_out = record.missing.pop()
+    assert left_out.endswith("tests deselected")
+    assert "no test of gibbs" in record.missing
     found = {row.subject: row for row in record.rows}
     for name in ("known weights", "late weights", "eager", "torch linear_cross_entropy"):
         assert found[name].status == "measured", name
@@ -323,7 +359,7 @@ def test_the_suite_runs_and_leaves_its_record(tmp_path):
     assert {g.axis for g in record.growth} == {"N", "V", "H"}
     assert record.environment["threads"] == 1
     assert record.quick
-    assert (tmp_path / "bench-quick-cpu-roofline.png").exists()
+    assert (tmp_path / "bench-quick-cpu-partial-roofline.png").exists()
     assert "hidden @ weight.T" in out
     assert "test_head[" in out  # pytest-benchmark's own table
 

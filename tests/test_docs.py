@@ -255,6 +255,7 @@ def test_additions_of_the_documents_work(tmp_path):
         "tests/train/test_directions.py::test_every_kind_keeps_saves_and_loads",
         "tests/train/test_directions.py::test_the_configuration_knows_every_kind",
         "tests/train/test_gvm_cli.py::test_the_choices_are_those_of_the_library",
+        "tests/test_docs.py::test_the_api_pages_have_every_public_name",
         # The commands of the page are those after its edits.
         "tests/test_docs.py::test_commands_can_be_given[docs/extending.md]",
     ]

@@ -10,7 +10,7 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch.autograd import _profiler_enabled
 from torch.compiler import is_dynamo_compiling
@@ -29,23 +29,40 @@ def _proton_runs() -> bool:
 
 
 def _recorded() -> bool:
-    if is_dynamo_compiling():  # there a constant: what follows is not traced
-        return False
     return _profiler_enabled() or _proton_runs()
 
 
-def span(name: str) -> AbstractContextManager:
-    """Context manager: the block is the span ``vcore::<name>`` in every profile that is taken."""
-    if not _recorded():
-        return _NOTHING
-    both = ExitStack()
-    if _profiler_enabled():
-        both.enter_context(record_function(PREFIX + name))
-    if _proton_runs():
-        from triton import profiler as proton
+class _Span:
+    __slots__ = ("_inside", "_name")
 
-        both.enter_context(proton.scope(PREFIX + name))
-    return both
+    def __init__(self, name: str):
+        self._name = name
+        self._inside: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        if not _recorded():
+            return
+        with ExitStack() as both:
+            if _profiler_enabled():
+                both.enter_context(record_function(PREFIX + self._name))
+            if _proton_runs():
+                from triton import profiler as proton
+
+                both.enter_context(proton.scope(PREFIX + self._name))
+            self._inside = both.pop_all()  # not reached where one raises: the other is left then
+
+    def __exit__(self, *error: Any) -> None:
+        inside, self._inside = self._inside, None
+        if inside is not None:
+            inside.__exit__(*error)
+
+
+def span(name: str) -> AbstractContextManager[None]:
+    """Context manager: the block is the span ``vcore::<name>`` in every profile that is taken.
+
+    It begins where the block does. One object serves one block at a time.
+    """
+    return _NOTHING if is_dynamo_compiling() else _Span(name)
 
 
 def spanned(function: Callable[P, R]) -> Callable[P, R]:
@@ -54,7 +71,7 @@ def spanned(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not _recorded():
+        if is_dynamo_compiling() or not _recorded():  # there a constant: no more is traced
             return function(*args, **kwargs)
         with span(name):
             return function(*args, **kwargs)

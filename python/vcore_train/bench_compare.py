@@ -19,7 +19,8 @@ class Move:
     kind: Kind
     before: float
     after: float
-    beyond_spread: bool  # the quartiles of the two do not overlap
+    rounds: int  # of the run that has fewer
+    beyond_spread: bool  # the quartiles of the two do not overlap; one round has none: False
 
     @property
     def ratio(self) -> float:
@@ -30,8 +31,11 @@ class Move:
 class Comparison:
     moves: list[Move] = field(default_factory=list)  # all matched rows, the slowest first
     new: list[str] = field(default_factory=list)
-    vanished: list[str] = field(default_factory=list)
+    vanished: list[Row] = field(default_factory=list)  # timed in A, no row in B
+    untimed: list[Row] = field(default_factory=list)  # of B: timed in A, absent or not timed in B
+    wrong: list[Row] = field(default_factory=list)  # of B
     warnings: list[str] = field(default_factory=list)
+    exit_status: int = 0  # of B's run
 
     @property
     def moved(self) -> list[Move]:
@@ -41,14 +45,30 @@ class Comparison:
         """Rows of ours that slowed by more than ``share`` (0.1: 10%), beyond both spreads."""
         return [m for m in self.moved if m.kind == "ours" and m.ratio > 1 + share]
 
+    def faults(self, share: float) -> list[str]:
+        """What of ours is worse in B: slower by more than ``share``, wrong, or without a time."""
+        slow = len(self.slower(share))
+        found = [f"{slow} rows of ours slowed by more than {100 * share:.4g}%"] if slow else []
+        for rows, what in (
+            (self.wrong, "are wrong"),
+            (self.vanished, "vanished"),
+            (self.untimed, "have no time any more"),
+        ):
+            if ours := [row for row in rows if row.kind == "ours"]:
+                found.append(f"{len(ours)} rows of ours {what}")
+        if self.exit_status:
+            found.append(f"the run of B ended with exit status {self.exit_status}")
+        return found
+
 
 def compare(a: Record, b: Record) -> Comparison:
     """Rows matched by group and subject, by their time in units of the yardstick."""
     before, after = _timed(a), _timed(b)
-    result = Comparison(warnings=_warnings(a, b))
+    result = Comparison(warnings=_warnings(a, b), exit_status=b.exit_status)
     for key in before.keys() & after.keys():
         first, second = before[key], after[key]
         low, high = quartiles(first.ratios), quartiles(second.ratios)
+        rounds = min(len(first.ratios), len(second.ratios))
         result.moves.append(
             Move(
                 first.group,
@@ -56,12 +76,19 @@ def compare(a: Record, b: Record) -> Comparison:
                 second.kind,
                 first.units or 0.0,
                 second.units or 0.0,
-                high[0] > low[1] or high[1] < low[0],
+                rounds,
+                rounds > 1 and (high[0] > low[1] or high[1] < low[0]),
             )
         )
     result.moves.sort(key=lambda move: (-move.ratio, move.group, move.subject))
     result.new = sorted(": ".join(key) for key in after.keys() - before.keys())
-    result.vanished = sorted(": ".join(key) for key in before.keys() - after.keys())
+    result.wrong = [row for row in b.rows if row.status == "wrong"]
+    rows = {(row.group, row.subject): row for row in b.rows}
+    for key in sorted(before.keys() - after.keys()):
+        if key not in rows:
+            result.vanished.append(before[key])
+        elif rows[key].status != "wrong":
+            result.untimed.append(rows[key])
     return result
 
 
@@ -79,31 +106,55 @@ def _warnings(a: Record, b: Record) -> list[str]:
             found += [f"{k}: {first.get(k)} and {second.get(k)}" for k in sorted(changed)]
         elif first != second:
             found.append(f"{name}: {_text(first)} and {_text(second)}")
+    if a.selection != b.selection:
+        found.append(f"suites: {_suites(a)} and {_suites(b)}")
+    found = [f"the runs differ in {text}" for text in found]
     if a.quick or b.quick:
         found.append("a record of --quick, whose figures mean nothing")
+    for name, record in (("A", a), ("B", b)):
+        if not record.complete:
+            found.append(f"{name} is not all of its run: {'; '.join(record.missing)}")
     return found
 
 
+def _suites(record: Record) -> str:
+    return " ".join(record.selection) or "all"
+
+
 def _text(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def lines(result: Comparison) -> list[str]:
     """What is printed."""
-    out = [f"warning: the runs differ in {text}" for text in result.warnings]
+    out = [f"warning: {text}" for text in result.warnings]
     moved = result.moved
     out.append(
         f"{len(moved)} of {len(result.moves)} rows moved beyond the spread of both runs (times in "
         "units of the yardstick of the same round)"
     )
-    out += [
-        f"  {'slower' if m.ratio > 1 else 'faster'} {m.ratio:6.3f}  {m.before:.3g} -> "
-        f"{m.after:.3g}  {m.group}: {m.subject}" + (" (a peer)" if m.kind == "peer" else "")
-        for m in moved
-    ]
+    if single := [move for move in result.moves if move.rounds < 2]:
+        out[-1] += f"; {len(single)} have 1 round in a run, which says nothing of its spread"
+    for word, moves in (("", moved), ("1 round", single)):
+        out += [
+            f"  {word or ('slower' if m.ratio > 1 else 'faster'):<7}{m.ratio:6.3f}  {m.before:.3g} "
+            f"-> {m.after:.3g}  {m.group}: {m.subject}" + (" (a peer)" if m.kind == "peer" else "")
+            for m in moves
+        ]
     out += [f"  new       {name}" for name in result.new]
-    out += [f"  vanished  {name}" for name in result.vanished]
+    out += [f"  wrong     {_name(row)}: {row.gate}" for row in result.wrong]
+    out += [f"  vanished  {_name(row)}" for row in result.vanished]
+    out += [
+        f"  {'absent' if row.status == 'absent' else 'untimed':<8}  {_name(row)}"
+        + (f": {row.note}" if row.note else "")
+        for row in result.untimed
+    ]
     return out
+
+
+def _name(row: Row) -> str:
+    peer = " (a peer)" if row.kind == "peer" else ""
+    return f"{row.group}: {row.subject}{peer}"
 
 
 def share(text: str) -> float:
@@ -118,4 +169,10 @@ def share(text: str) -> float:
 
 
 def compare_files(a: Path, b: Path) -> Comparison:
-    return compare(Record.read(a), Record.read(b))
+    before, after = Record.read(a), Record.read(b)
+    if not _timed(before):
+        raise ValueError(
+            f"{a}: holds no row with a time, expected one to compare with. Make a record with: "
+            "vcore bench --out DIR"
+        )
+    return compare(before, after)

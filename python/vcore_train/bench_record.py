@@ -4,23 +4,26 @@ Times are compared as ratios to a yardstick that ran beside the subject in the s
 head one matrix product), so that a machine that is busy for a while slows both.
 """
 
-import importlib.metadata
 import json
 import math
 import os
 import platform
 import statistics
-import subprocess
+import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from vcore_train import provenance
+from vcore_train.plain import plain
 
 Kind = Literal["ours", "peer", "yardstick"]
 # "checked": the results are right and no time was taken; "absent": `note` says why; "wrong": the
 # gate did not let it pass, so that it was not timed.
 Status = Literal["measured", "checked", "absent", "wrong"]
 FORMAT = "vcore bench 1"
+DIGITS = 6  # of the floats in files
 PACKAGES = (
     *("torch", "triton", "numpy", "transformers", "peft", "pytest-benchmark"),
     *("cut-cross-entropy", "liger-kernel", "quack-kernels"),
@@ -54,7 +57,20 @@ class Row:
     accumulator_bytes: int = 0  # float32 sums of a gradient, counted in extra_bytes
     logits_bytes: int | None = None  # of the logits in the inputs' dtype, for comparison
     gate: str = ""  # how the results were checked, with the errors
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float | None] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises ValueError where the fields contradict each other."""
+        for name, values in (("seconds", self.seconds), ("unit_seconds", self.unit_seconds)):
+            if min(values, default=1) <= 0:
+                raise ValueError(f"{name} must be above 0, got {min(values)}")
+        if self.unit_seconds and len(self.unit_seconds) != len(self.seconds):
+            raise ValueError(
+                f"seconds and unit_seconds must be of the same rounds, got {len(self.seconds)} and "
+                f"{len(self.unit_seconds)}"
+            )
+        if self.status == "measured" and not self.seconds:
+            raise ValueError("status is 'measured' without seconds, expected those of a round")
 
     @property
     def seconds_median(self) -> float:
@@ -81,6 +97,14 @@ class Growth:
     sizes: list[int]
     seconds: list[float]  # medians
     extra_bytes: list[int] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises ValueError where the fields contradict each other."""
+        if (
+            len(self.seconds) != len(self.sizes)
+            or min([*self.sizes, *self.seconds], default=1) <= 0
+        ):
+            raise ValueError("sizes and seconds must be as many, and above 0")
 
     @property
     def time_exponent(self) -> float | None:
@@ -109,6 +133,13 @@ class Record:
     growth: list[Growth] = field(default_factory=list)
     seconds: float = 0.0
     quick: bool = False
+    selection: list[str] = field(default_factory=list)  # as --select names suites; empty: all
+    missing: list[str] = field(default_factory=list)  # why not all tests of the selection ran
+    exit_status: int = 0  # pytest's
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -164,41 +195,88 @@ class Record:
         ]
 
     def write(self, path: Path) -> None:
-        data = {"format": FORMAT, **asdict(self)}
-        path.write_text(json.dumps(_rounded(data), indent=1) + "\n", encoding="utf-8")
+        data = {"format": FORMAT, "complete": self.complete, **asdict(self)}
+        text = json.dumps(plain(data, DIGITS), indent=1, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """The record in ``path``; ValueError where there is none."""
+        """The record in ``path``; ValueError where there is none, or where it does not fit."""
+        again = "Make one with: vcore bench --out DIR"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: no record of vcore bench: {error}") from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: no record of vcore bench: {error}. {again}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: no record of vcore bench of this version (format {FORMAT!r}). "
-                "Make one with: vcore bench --out DIR"
+                f"{path}: no record of vcore bench of this version (format {FORMAT!r}). {again}"
             )
-        data["rows"] = [_made(Row, row) for row in data["rows"]]
-        data["growth"] = [_made(Growth, row) for row in data["growth"]]
-        return _made(cls, data)
+        try:
+            if "rows" not in data:
+                raise ValueError("rows are missing, expected a list")
+            made = {
+                name: [_made(kind, row, f"{name}[{i}]") for i, row in enumerate(data[name])]
+                for name, kind in (("rows", Row), ("growth", Growth))
+                if isinstance(data.get(name), list)
+            }
+            return _made(cls, data | made, "record")
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: {error}. The file was changed, or another version wrote it. {again}"
+            ) from error
 
 
-def _made(kind: type, data: dict[str, Any]) -> Any:
-    """The dataclass from what is known of ``data``."""
-    known = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in data.items() if name in known})
+def _made(kind: type, data: Any, place: str) -> Any:
+    """The dataclass from what is known of ``data``; ValueError names the place that is wrong."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{place} must be an object, got {data!r:.80}")
+    hints = get_type_hints(kind)
+    known = {f.name: data[f.name] for f in fields(kind) if f.name in data}
+    for name, value in known.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{place}.{name} must be {_wanted(hints[name])}, got {value!r:.80}")
+    try:
+        made = kind(**known)
+        if kind is not Record:
+            made.check()
+    except (TypeError, ValueError) as error:  # TypeError: without a field that has no default
+        raise ValueError(f"{place}: {error}") from error
+    return made
 
 
-def _rounded(value: Any) -> Any:
-    """Floats to six digits, so that files stay small."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether what JSON gave is of the type that a field of the dataclasses here names."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if kind is Literal:
+        return isinstance(value, str) and value in inside
+    if kind in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inside)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, inside[0]) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(item, inside[1]) for item in value.values())
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _wanted(hint: Any) -> str:
+    """The type in words."""
+    kind, inside = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return f"one of {', '.join(inside)}"
+    if kind in (Union, types.UnionType):
+        return " or ".join(map(_wanted, inside))
+    if kind is list:
+        return f"a list, each item {_wanted(inside[0])}"
+    if kind is dict:
+        return f"an object, each value {_wanted(inside[1])}"
+    words = {str: "text", float: "a number", int: "a whole number", bool: "true or false"}
+    return words.get(hint, "null" if hint is type(None) else "an object")
 
 
 def environment(root: Path) -> dict[str, Any]:
@@ -207,35 +285,17 @@ def environment(root: Path) -> dict[str, Any]:
 
     from vcore_train.info import FEATURES, cpu_features
 
-    versions = {name: _version(name) for name in PACKAGES}
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace") if cpuinfo.exists() else ""
-    model = (line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line)
-    has = cpu_features(text)
+    state = provenance.checkout_state(root)
+    has = cpu_features(provenance.cpuinfo())
     return {
-        "commit": _git(root, "rev-parse", "HEAD") or "unknown",
-        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "commit": state[0] if state else "unknown",
+        "dirty": bool(state and state[1]),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": provenance.versions(PACKAGES),
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": next(model, platform.processor()),
+        "processor": provenance.processor(),
         "instructions": [name for name in FEATURES if has[name]],
         "threads": torch.get_num_threads(),
         "processors": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 from vcore_train.bench_record import Record, Row, quartiles
+from vcore_train.plain import markdown_table
 
 COLUMNS = ("subject", "ms [q1, q3]", "x unit [q1, q3]", "% of ceiling", "extra MiB", "gate")
 
@@ -28,7 +29,10 @@ def cells(record: Record, row: Row) -> tuple[str, ...]:
         extra = f"{row.extra_bytes / 2**20:.1f}"
         if row.accumulator_bytes:
             extra += f" ({row.accumulator_bytes / 2**20:.0f} of it float32 sums of dW)"
-    facts = ", ".join(f"{key} {value:.4g}" for key, value in row.facts.items())
+    facts = ", ".join(
+        f"{key} {'none' if value is None else format(value, '.4g')}"
+        for key, value in row.facts.items()
+    )
     gate = "; ".join(part for part in (row.gate, facts, row.note) if part)
     return (
         name,
@@ -104,20 +108,25 @@ def text(record: Record) -> str:
         behind = record.behind()
         out += ["", "Where ours is not the fastest:" + ("" if behind else " nowhere")]
         out += [f"  {line}" for line in behind]
+    if note := state(record):
+        out += ["", note]
     return "\n".join(out)
 
 
 def markdown(record: Record) -> str:
     facts = record.environment
     versions = ", ".join(f"{k} {v}" for k, v in facts.get("versions", {}).items() if v)
+    selected = "".join(f" --select {name}" for name in record.selection)
     commit = str(facts.get("commit", "unknown"))[:12]
+    commit += ", changed files" if facts.get("dirty") else ""
     out = [
         "# Benchmarks" + (" (quick: these figures mean nothing)" if record.quick else ""),
         "",
-        f"`vcore bench`; commit {commit}{', changed files' if facts.get('dirty') else ''}; "
+        f"`vcore bench{selected}`; commit {commit}; "
         f"{facts.get('gpu') or facts.get('processor', '')} "
         f"({' '.join(facts.get('instructions', []))}), {facts.get('threads')} threads; Python "
         f"{facts.get('python')}, {versions}; {record.seconds / 60:.1f} minutes.",
+        *(["", f"**{note}**"] if (note := state(record)) else []),
         "",
         "Times are medians over rounds with their quartiles. A round of a subject begins with the "
         "unit, so that *x unit* is a median of ratios of neighbours, which a busy machine changes "
@@ -129,50 +138,58 @@ def markdown(record: Record) -> str:
         _ceilings(record),
     ]
     for group, rows in record.groups().items():
-        out += ["", f"## {_heading(group, rows)}", "", *_md([COLUMNS])]
-        out += _md([tuple(c.replace("|", "/") for c in cells(record, r)) for r in rows], head=False)
+        lines = [_escaped(cells(record, row)) for row in rows]
+        out += ["", f"## {_heading(group, rows)}", "", *markdown_table(COLUMNS, lines)]
     table = growth_table(record)
     if table:
-        out += ["", "## Growth: exponents k of size^k", "", *_md(table[:1])]
-        out += _md(table[1:], head=False)
+        out += ["", "## Growth: exponents k of size^k", "", *markdown_table(table[0], table[1:])]
     behind = record.behind()
     out += ["", "## Where ours is not the fastest", ""]
     out += [f"- {line}" for line in behind] or ["Nowhere in this run."]
     return "\n".join(out) + "\n"
 
 
-def _md(lines: list[tuple[str, ...]], head: bool = True) -> list[str]:
-    out = []
-    for line in lines:
-        out.append("| " + " | ".join(cell.replace("* ", "\\* ", 1) for cell in line) + " |")
-        if head:
-            out.append("|" + "---|" * len(line))
-    return out
+def _escaped(line: tuple[str, ...]) -> list[str]:
+    return [cell.replace("|", "/").replace("* ", "\\* ", 1) for cell in line]
+
+
+def state(record: Record) -> str:
+    """What keeps the record from being that of a whole run without a failure; empty if nothing."""
+    parts = [f"Not all of it ran: {'; '.join(record.missing)}."] if record.missing else []
+    if record.exit_status:
+        parts.append(f"pytest ended with exit status {record.exit_status}.")
+    return " ".join(parts)
 
 
 def write(record: Record, folder: Path) -> list[Path]:
-    """``NAME.json``, ``NAME.md`` and ``NAME-roofline.png`` in ``folder``; NAME says what ran.
+    """``NAME.json``, ``NAME.md`` and ``NAME-roofline.png`` in ``folder``; see :func:`file_name`.
 
-    The picture needs matplotlib and a row with a time, and is left out otherwise.
+    The picture needs matplotlib and a row with a time, and is left out otherwise; one of an earlier
+    run is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = file_name(record)
     paths = [folder / f"{name}.json", folder / f"{name}.md"]
     record.write(paths[0])
     paths[1].write_text(markdown(record), encoding="utf-8")
+    picture = folder / f"{name}-roofline.png"
+    picture.unlink(missing_ok=True)
     try:
         from vcore_train.bench_roofline import plot
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         return paths
-    picture = folder / f"{name}-roofline.png"
     if plot(record, picture):
         paths.append(picture)
     return paths
 
 
 def file_name(record: Record) -> str:
+    """Of quick, device and selection; ``-partial`` at the end where not all of that ran, so that
+    the record of a whole run stays.
+    """
     gpu = record.environment.get("gpu")
     device = "cpu" if not gpu else str(gpu).lower().replace(" ", "-").replace("/", "-")
-    return f"bench-{'quick-' if record.quick else ''}{device}"
+    parts = ["bench", *(["quick"] if record.quick else []), device, *record.selection]
+    return "-".join(parts if record.complete else [*parts, "partial"])

@@ -16,21 +16,33 @@ from vcore_train.command_options import (
     DATA,
     MODEL,
     RUN,
+    WEIGHTS,
+    Accumulation,
     Bf16,
     Checkpointing,
     Cpu,
     EvalLimit,
+    Every,
+    Heads,
+    Hidden,
     Keep,
+    Layers,
     Limit,
     Lora,
     LoraAlpha,
     LoraRank,
     LoraTargets,
     MaxGradNorm,
+    Objective,
     Optim,
     Overwrite,
+    Pretrained,
+    PretrainedDtype,
     PromptField,
+    ReuseForward,
+    Seed,
     Split,
+    Utilities,
     Warmup,
     WeightDecay,
     option,
@@ -67,9 +79,7 @@ def common(
         )
 
 
-Method = Literal["sft", "random", "dft", "iw_sft", "vcore"]
 Direction = Literal["probe", "ema", "momentum", "adam"]
-UtilityMethod = Literal["jvp", "central", "finite_difference"]
 VarianceControl = Literal["utility", "trajectory", "ess", "loss", "none"]
 KlScope = Literal["trajectory", "batch"]
 IwLevel = Literal["sequence", "token"]
@@ -78,7 +88,7 @@ EmptyRows = Literal["error", "skip"]
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 
 
-WEIGHTS, OTHERS = "VCORE: direction, utilities, weights", "Other methods"
+OTHERS = "Other methods"
 Sharding = Literal["full_shard", "shard_grad_op"]
 
 
@@ -108,7 +118,7 @@ def train(
             callback=options_of_file,
         ),
     ] = None,
-    method: Annotated[Method, option("Objective.")] = "vcore",
+    method: Objective = "vcore",
     out: Annotated[Path, option("Folder for the model, metrics and plots.")] = Path("vcore-out"),
     resume: Annotated[
         bool, option("Continue from the newest checkpoint in --out.", "--resume")
@@ -144,21 +154,14 @@ def train(
         ),
     ] = False,
     # model
-    model: Annotated[
-        str | None,
-        option(
-            "Pretrained model: path or name. Without it, a small one from scratch.", panel=MODEL
-        ),
-    ] = None,
+    model: Pretrained = None,
     model_config: Annotated[
         str | None,
         option("JSON configuration (with model_type) of a model from scratch.", panel=MODEL),
     ] = None,
-    layers: Annotated[
-        int | None, option("Layers of a Qwen3 model from scratch.", default="6", panel=MODEL)
-    ] = None,
-    hidden: Annotated[int | None, option("Its width.", default="256", panel=MODEL)] = None,
-    heads: Annotated[int | None, option("Its attention heads.", default="4", panel=MODEL)] = None,
+    layers: Layers = None,
+    hidden: Hidden = None,
+    heads: Heads = None,
     kv_heads: Annotated[
         int | None, option("Its key and value heads.", default="half the heads", panel=MODEL)
     ] = None,
@@ -178,14 +181,7 @@ def train(
         int | None,
         option("Entries of a tokenizer trained on the data.", default="4096", panel=MODEL),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        option(
-            "Precision of pretrained weights: float32, bfloat16, float16, auto.",
-            default="float32",
-            panel=MODEL,
-        ),
-    ] = None,
+    dtype: PretrainedDtype = None,
     lora: Lora = False,
     lora_rank: LoraRank = None,
     lora_alpha: LoraAlpha = None,
@@ -215,10 +211,7 @@ def train(
             default="all",
         ),
     ] = None,
-    utility_method: Annotated[
-        UtilityMethod | None,
-        option("How utilities are computed.", panel=WEIGHTS, default="jvp"),
-    ] = None,
+    utility_method: Utilities = None,
     epsilon: Annotated[
         float | None, option("Step of the difference methods; by default chosen.", panel=WEIGHTS)
     ] = None,
@@ -240,9 +233,7 @@ def train(
     variance_cap: Annotated[
         float | None, option("Upper bound of alpha; 0 for none.", panel=WEIGHTS, default="1.0")
     ] = None,
-    every: Annotated[
-        int | None, option("Steps that a direction is kept for.", panel=WEIGHTS, default="1")
-    ] = None,
+    every: Every = None,
     anchor_steps: Annotated[
         int | None, option("Weight only every k-th step.", panel=WEIGHTS, default="1")
     ] = None,
@@ -266,15 +257,7 @@ def train(
         int | None,
         option("Probe batches in the first update of direction ema.", panel=WEIGHTS, default="1"),
     ] = None,
-    reuse_forward: Annotated[
-        bool | None,
-        option(
-            "Train by the probe's forward pass, not by a second one.",
-            "--reuse-forward/--no-reuse-forward",
-            panel=WEIGHTS,
-            default="where it takes little memory",
-        ),
-    ] = None,
+    reuse_forward: ReuseForward = None,
     # others
     random_keep: Annotated[
         float | None,
@@ -296,7 +279,7 @@ def train(
     steps: Annotated[int | None, option("Optimizer steps; instead of --epochs.", panel=RUN)] = None,
     epochs: Annotated[float | None, option("Passes over the data.", default="1", panel=RUN)] = None,
     batch_size: Annotated[int, option("Rows in a micro-batch of one process.", panel=RUN)] = 8,
-    accumulation: Annotated[int, option("Micro-batches in an optimizer step.", panel=RUN)] = 1,
+    accumulation: Accumulation = 1,
     lr: Annotated[
         float | None,
         option("Learning rate.", default="1e-3 from scratch, 2e-5 for --model", panel=RUN),
@@ -320,7 +303,7 @@ def train(
     fsdp_config: Annotated[
         str | None, option("JSON file of more fsdp_config of transformers.", panel=RUN)
     ] = None,
-    seed: Annotated[int, option("Of weights, data order and probes.", panel=RUN)] = 42,
+    seed: Seed = 42,
     save_every: Annotated[
         int, option("Steps between checkpoints; the last step has one too.", panel=RUN)
     ] = 500,

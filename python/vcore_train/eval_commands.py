@@ -1,12 +1,22 @@
 """``vcore eval``."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from vcore_train.command_options import DATA, MODEL, Cpu, Overwrite, option
+from vcore_train.command_options import (
+    DATA,
+    MODEL,
+    AnswerField,
+    Cpu,
+    Overwrite,
+    PromptField,
+    Unanswered,
+    option,
+)
 from vcore_train.console import console, quiet_other_libraries
 from vcore_train.option_checks import check_numbers, flag
 
@@ -31,6 +41,9 @@ def evaluate(
         str | None,
         option("Problems of your own: prompts with answers, as vcore gvm reads them.", panel=DATA),
     ] = None,
+    prompt_field: PromptField = None,
+    answer_field: AnswerField = None,
+    unanswered: Unanswered = "error",
     out: Annotated[Path, option("Folder for results.json and the samples.")] = Path("vcore-eval"),
     overwrite: Overwrite = False,
     limit: Annotated[
@@ -127,8 +140,8 @@ def evaluate(
         ("num_fewshot", num_fewshot, 0),
         ("temperature", temperature, 0),
     ):
-        if value is not None and not value >= low:
-            raise ValueError(f"{flag(name)} must be at least {low}, got {value}.")
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"{flag(name)} must be finite and at least {low}, got {value}.")
     if model is None:
         raise ValueError("expected a model, as in: vcore eval MODEL --tasks gsm8k. See --list.")
     if backend == "vllm" and cpu:
@@ -141,6 +154,9 @@ def evaluate(
             model=model,
             tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()) if tasks else (),
             data=data,
+            prompt_field=prompt_field,
+            answer_field=answer_field,
+            unanswered=unanswered,
             out=out,
             adapter=adapter,
             tokenizer=tokenizer,
@@ -181,7 +197,11 @@ def _list() -> None:
         if benchmark.runs_code:
             parts.append("runs the model's code: --allow-code-execution")
         console.print(f"    {'; '.join(parts)}", soft_wrap=True, style="dim")
-    console.print("Any other task of lm-evaluation-harness goes by the harness' own name.")
+    console.print(
+        "Any other task of lm-evaluation-harness goes by the harness' own name; where a benchmark "
+        "above has the name (gsm8k), harness:NAME is the harness' task.",
+        soft_wrap=True,
+    )
 
 
 def _json(text: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from vcore_train.command_options import (
     DATA,
     MODEL,
     RUN,
+    AnswerField,
     Bf16,
     Checkpointing,
     Cpu,
@@ -27,6 +28,7 @@ from vcore_train.command_options import (
     Overwrite,
     PromptField,
     Split,
+    Unanswered,
     Warmup,
     WeightDecay,
     option,
@@ -48,7 +50,6 @@ Aggregation = Literal[
 Engine = Literal["transformers", "vllm"]
 Norm = Literal["mean", "rms"]
 Scale = Literal["group", "batch", "none"]
-Unanswered = Literal["error", "skip"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Format = Literal["jsonl", "parquet"]
 
@@ -110,14 +111,10 @@ def train(
     overwrite: Overwrite = False,
     # data
     prompt_field: PromptField = None,
-    answer_field: Annotated[
-        str | None, option("Field of the answer; by default recognised.", panel=DATA)
-    ] = None,
+    answer_field: AnswerField = None,
     split: Split = "train",
     limit: Limit = None,
-    unanswered: Annotated[
-        Unanswered, option("What becomes of a row without a reference answer.", panel=DATA)
-    ] = "error",
+    unanswered: Unanswered = "error",
     suffix: Annotated[
         str, option(r"Appended to each prompt; \n in it is a line break.", panel=DATA)
     ] = "",

@@ -140,9 +140,10 @@ def check_train(options: Mapping[str, Any]) -> None:
 def check_profile(options: Mapping[str, Any]) -> None:
     """Raises for options of ``vcore profile`` that are wrong or would be ignored."""
     check_numbers(options)
-    options = {**options, **{name: options[name] or None for name in ("lora", "reuse_forward")}}
     probing = ("every", "utility_method", "reuse_forward")
     _needs(options, probing, options["method"] == "vcore", "--method vcore")
+    differences = options["utility_method"] in ("central", "finite_difference")
+    _needs(options, ("reuse_forward",), not differences, "--utility-method jvp")
     _needs(options, ("lora_rank",), options["lora"], "--lora")
     _needs(options, ("dtype",), options["model"], "--model")
     _excludes(options, "model", ("layers", "hidden", "heads"), "the size is given by --model")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vcore_kernels.spans import PREFIX
+from vcore_train.plain import markdown_table
 
 # Of VcoreTrainer, then of GvmTrainer, in the order of a step.
 PHASES = (
@@ -307,10 +308,7 @@ def short(name: str) -> str:
 
 def to_markdown(profile: Profile) -> str:
     """The table in Markdown, with a line on what it says."""
-    head = columns(profile)
-    ruler = ["---"] + ["---:"] * (len(head) - 2) + ["---"]
-    lines = [head, ruler, *cells(profile)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(markdown_table(columns(profile), cells(profile), text=1))
     return (
         f"Mean of {len(profile.steps)} steps. Times are of the training thread, nested phases not "
         "included; own time is that of operators without what they call, over all threads. Peak: "

@@ -1,27 +1,34 @@
 """``vcore profile``: where the time and the memory of a training step go."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from vcore_train.command_options import (
     DATA,
     MODEL,
     RUN,
+    Accumulation,
     Bf16,
     Checkpointing,
     Cpu,
+    Every,
+    Heads,
+    Hidden,
+    Layers,
     Limit,
     LoraRank,
+    Objective,
     Optim,
+    Pretrained,
+    PretrainedDtype,
+    ReuseForward,
+    Seed,
     Split,
+    Utilities,
     option,
 )
 from vcore_train.console import console, quiet_other_libraries
 from vcore_train.option_checks import check_profile, in_options
-
-Method = Literal["sft", "random", "dft", "iw_sft", "vcore"]
-UtilityMethod = Literal["jvp", "central", "finite_difference"]
-WEIGHTS = "VCORE: direction, utilities, weights"
 
 
 def profile(
@@ -39,55 +46,29 @@ def profile(
     overwrite: Annotated[bool, option("Replace an earlier profile in --out.", "--overwrite")] = (
         False
     ),
-    method: Annotated[Method, option("Objective.")] = "vcore",
+    method: Objective = "vcore",
     proton: Annotated[
         bool,
         option("Also Triton's Proton: each kernel's flops and bytes. Needs a GPU.", "--proton"),
     ] = False,
-    model: Annotated[
-        str | None,
-        option(
-            "Pretrained model: path or name. Without it, a small one from scratch.", panel=MODEL
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        option(
-            "Precision of pretrained weights: float32, bfloat16, float16, auto.",
-            default="float32",
-            panel=MODEL,
-        ),
-    ] = None,
-    layers: Annotated[
-        int | None, option("Layers of a Qwen3 model from scratch.", default="6", panel=MODEL)
-    ] = None,
-    hidden: Annotated[int | None, option("Its width.", default="256", panel=MODEL)] = None,
-    heads: Annotated[int | None, option("Its attention heads.", default="4", panel=MODEL)] = None,
+    model: Pretrained = None,
+    dtype: PretrainedDtype = None,
+    layers: Layers = None,
+    hidden: Hidden = None,
+    heads: Heads = None,
     lora: Annotated[bool, option("Train LoRA adapters.", "--lora", panel=MODEL)] = False,
     lora_rank: LoraRank = None,
-    every: Annotated[
-        int | None, option("Steps that a direction is kept for.", panel=WEIGHTS, default="1")
-    ] = None,
-    utility_method: Annotated[
-        UtilityMethod | None,
-        option("How utilities are computed.", panel=WEIGHTS, default="jvp"),
-    ] = None,
-    reuse_forward: Annotated[
-        bool,
-        option(
-            "Train by the probe's forward pass, not by a second one.",
-            "--reuse-forward",
-            panel=WEIGHTS,
-        ),
-    ] = False,
+    every: Every = None,
+    utility_method: Utilities = None,
+    reuse_forward: ReuseForward = None,
     steps: Annotated[int, option("Steps in the profile; two more come before.", panel=RUN)] = 3,
     batch_size: Annotated[int, option("Rows in a micro-batch.", panel=RUN)] = 8,
-    accumulation: Annotated[int, option("Micro-batches in an optimizer step.", panel=RUN)] = 1,
+    accumulation: Accumulation = 1,
     optim: Optim = "adamw_torch",
     bf16: Bf16 = False,
     checkpointing: Checkpointing = False,
     cpu: Cpu = False,
-    seed: Annotated[int, option("Of weights, data order and probes.", panel=RUN)] = 42,
+    seed: Seed = 42,
 ) -> None:
     """Where the time and the memory of a training step go: a trace, a table, a picture.
 
@@ -106,7 +87,7 @@ def profile(
     chosen = {
         "every": every,
         "utility_method": utility_method,
-        "reuse_forward": reuse_forward or None,
+        "reuse_forward": reuse_forward,
     }
     arguments: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     arguments |= {

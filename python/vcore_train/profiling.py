@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -30,6 +31,7 @@ from vcore_train.training import LoraOptions, with_lora
 
 TRACE, TABLE, FIGURES, TIMELINE = "trace.json.gz", "phases.md", "phases.csv", "timeline.png"
 PROTON = "proton"  # .hatchet
+FILES = TRACE, TABLE, FIGURES, TIMELINE, f"{PROTON}.hatchet"
 # Steps before the profile: one that allocates and initialises, one under the profiler whose own
 # start-up would be in it otherwise.
 UNTIMED = 2
@@ -176,24 +178,28 @@ def run_profile(options: ProfileOptions, console: Console) -> Profile:
     with console.status("Preparing data and model"):
         make, rows = _prepare(options)
     out.mkdir(parents=True, exist_ok=True)
+    for name in FILES if options.overwrite else ():
+        (out / name).unlink(missing_ok=True)
     console.print(
         f"{options.arguments['method']}: {options.steps} of {options.steps + UNTIMED} steps "
         f"profiled, {options.arguments['per_device_train_batch_size']} of {rows:,} rows a step"
     )
-    with tempfile.TemporaryDirectory() as scratch:
+    # Moved to their place when all are there: an interrupted run leaves nothing.
+    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
+        scratch = Path(folder)
         with console.status("Profiling"):
-            found = profile_training(make(scratch, options.steps + UNTIMED), out / TRACE)
+            found = profile_training(make(folder, options.steps + UNTIMED), scratch / TRACE)
         if options.proton:
             with console.status("Profiling with Proton"):
-                profile_with_proton(make(scratch, options.steps), out / PROTON)
-    (out / TABLE).write_text(markdown(found), encoding="utf-8")
-    (out / FIGURES).write_text(to_csv(found), encoding="utf-8")
-    plot_timeline(out / TIMELINE, found)
+                profile_with_proton(make(folder, options.steps), scratch / PROTON)
+        (scratch / TABLE).write_text(markdown(found), encoding="utf-8")
+        (scratch / FIGURES).write_text(to_csv(found), encoding="utf-8")
+        plot_timeline(scratch / TIMELINE, found)
+        files = [name for name in FILES if (scratch / name).exists()]
+        for name in files:
+            os.replace(scratch / name, out / name)
     console.print(_table(found))
-    files = [TRACE, TABLE, FIGURES, TIMELINE]
-    if options.proton:
-        files.append(f"{PROTON}.hatchet")
-    console.print(f"In {out}: {', '.join(files)}", soft_wrap=True)
+    console.print(f"In {out}: {', '.join(files)}", soft_wrap=True, markup=False)
     return found
 
 
@@ -203,7 +209,7 @@ def _check(options: ProfileOptions) -> None:
         raise ValueError(f"--steps must be at least 1, got {options.steps}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file, expected a folder.")
-    if (out / TRACE).exists() and not options.overwrite:
+    if any((out / name).exists() for name in FILES) and not options.overwrite:
         raise ValueError(
             f"{out} holds an earlier profile. Replace it with --overwrite, or choose another --out."
         )
@@ -222,6 +228,7 @@ def _prepare(options: ProfileOptions) -> tuple[Callable[[str, int], VcoreTrainer
         tokenizer = train_tokenizer(texts, vocab_size=4096, window=options.size.window)
     model = _model(options, tokenizer)
     rows = encode(examples, tokenizer, max_length=window_of(model), too_long="skip").rows
+    loaded = [model]  # for the first trainer
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     if len(rows) < batch:
         source = options.data or "the generated data"
@@ -232,7 +239,7 @@ def _prepare(options: ProfileOptions) -> tuple[Callable[[str, int], VcoreTrainer
 
     def make(folder: str, steps: int) -> VcoreTrainer:
         trainer = VcoreTrainer(
-            model=_model(options, tokenizer),
+            model=loaded.pop() if loaded else _model(options, tokenizer),
             args=VcoreConfig(
                 output_dir=folder,
                 max_steps=steps,
@@ -282,5 +289,5 @@ def _table(profile: Profile) -> Table:
         numeric = 0 < number < len(columns(profile)) - 1
         table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
     for line in cells(profile, top=2):
-        table.add_row(*line, style="bold" if line[0] == "step" else None)
+        table.add_row(*map(escape, line), style="bold" if line[0] == "step" else None)
     return table

@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
 from vcore_kernels.spans import PREFIX
+from vcore_train.experiments.report import figure
 from vcore_train.phase_table import OTHER, PHASES, Profile, Span, short
-from vcore_train.plots import STYLE
 
 _HUES = (
     *("#c98a1b", "#c8452f", "#7a4fa3", "#3b6fb6", "#5b8f8a", "#2a9d6f"),
@@ -74,8 +73,7 @@ def plot_timeline(path: Path, profile: Profile) -> None:
         below += HEIGHT + 0.1
 
     milliseconds = (step.end - step.start) / 1e3
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 1.4 + UNIT * below))
+    with figure(path, size=(WIDTH, 1.4 + UNIT * below)) as (drawn, axes):
         _draw(axes, bars, milliseconds)
         axes.set_xlim(0, milliseconds)
         axes.set_ylim(below, -0.1)
@@ -85,13 +83,11 @@ def plot_timeline(path: Path, profile: Profile) -> None:
         axes.set_xlabel("ms")
         axes.set_title(f"One step, {milliseconds:.0f} ms (the median of {len(order)})")
         seen = [name for name in COLOURS if any(piece.phase == name for piece in pieces)]
-        figure.legend(
+        drawn.legend(
             handles=[Patch(color=COLOURS[name], label=name) for name in seen],
             loc="outside lower center",
             ncols=min(len(seen), 8),
         )
-        figure.savefig(path)
-        plt.close(figure)
 
 
 def _draw(axes: Axes, bars: list[Bar], milliseconds: float) -> None:

@@ -114,9 +114,44 @@ def test_spans_nest():
 
 
 def test_a_span_is_nothing_without_a_profiler():
-    assert span("one") is span("another")
-    with profiled():
-        assert span("one") is not span("another")
+    with profiled() as events:
+        pass
+    with span("unseen"):
+        pass
+    assert not names(events)
+
+
+def test_a_span_begins_with_its_block():
+    with profiled() as events:
+        made = span("late")
+        vk.sft_loss(LOSSES)
+        with made:
+            vk.dft_loss(LOSSES)
+        with made:  # once more
+            pass
+    spans = [e for e in events if e.name == "vcore::late"]
+    parents = {e.name: e.cpu_parent for e in events if e.name.startswith("vcore::")}
+    assert len(spans) == 2
+    assert parents["vcore::sft_loss"] is None
+    assert parents["vcore::dft_loss"] is spans[0]
+
+
+def test_a_span_that_proton_refuses_is_left(monkeypatch):
+    proton = pytest.importorskip("triton.profiler")
+
+    def scope(name):
+        raise RuntimeError("no session")
+
+    monkeypatch.setattr(proton, "scope", scope)
+    flags = sys.modules["triton.profiler.flags"].flags
+    with profiled() as events:
+        with monkeypatch.context() as patch:
+            patch.setattr(flags, "profiling_on", True)
+            with pytest.raises(RuntimeError, match="no session"), span("refused"):
+                pass
+        with span("next"):
+            pass
+    assert next(e for e in events if e.name == "vcore::next").cpu_parent is None
 
 
 def test_a_span_ends_where_an_error_leaves_it():

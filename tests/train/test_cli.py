@@ -13,7 +13,7 @@ import torch
 import transformers
 from command import vcore, write_problems
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vcore_train import commands, config, models, run_log
+from vcore_train import command_options, commands, config, models, run_log
 from vcore_train.cli import main
 from vcore_train.commands import train
 from vcore_train.config import VcoreConfig
@@ -238,9 +238,9 @@ def test_mistakes_get_one_line_and_exit_code_1(problems, tmp_path, capsys, optio
 @pytest.mark.parametrize(
     ("choices", "allowed"),
     [
-        (commands.Method, ("sft", "random", "dft", "iw_sft", "vcore")),
+        (command_options.Method, ("sft", "random", "dft", "iw_sft", "vcore")),
         (commands.Direction, config.DIRECTIONS),
-        (commands.UtilityMethod, config.UTILITY_METHODS),
+        (command_options.UtilityMethod, config.UTILITY_METHODS),
         (commands.VarianceControl, config.VARIANCE_CONTROLS),
         (commands.KlScope, config.KL_SCOPES),
         (commands.IwLevel, config.IW_LEVELS),

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from command import vcore
 from vcore_train.arithmetic import generate_problems
-from vcore_train.evals import compare, run, scoring, tasks
+from vcore_train.evals import compare, results, run, scoring, tasks
 from vcore_train.models import Size, new_model
 from vcore_train.tokenizer import train_tokenizer
 
@@ -47,7 +47,7 @@ def problems(tmp_path_factory):
     return path
 
 
-def results(out):
+def content(out):
     return json.loads((out / "results.json").read_text())
 
 
@@ -56,7 +56,7 @@ def samples(out, task):
 
 
 def values(out, task):
-    return {row["metric"]: row["value"] for row in results(out)["tasks"][task]["metrics"]}
+    return {row["metric"]: row["value"] for row in content(out)["tasks"][task]["metrics"]}
 
 
 def scripted(answer):
@@ -187,6 +187,7 @@ def test_list_names_all(capsys):
     for name, benchmark in tasks.BENCHMARKS.items():
         assert f"{name}  " in told
         assert benchmark.dataset in told
+    assert "harness:NAME is the harness' task" in told.replace("\n", " ")
 
 
 # ---- problems of one's own, on a real model ----
@@ -198,7 +199,7 @@ def test_a_model_on_problems_of_ones_own(model, problems, tmp_path, capsys):
     for name in ("a", "b"):
         assert vcore(*command, "--out", tmp_path / name) == 0
     assert "accuracy" in capsys.readouterr().out
-    record = results(tmp_path / "a")
+    record = content(tmp_path / "a")
     assert record["tasks"]["data"]["problems"] == 6
     assert record["tasks"]["data"]["version"] == "1, vcore 1"
     assert record["tasks"]["data"]["metrics"] == [
@@ -319,7 +320,7 @@ def test_scores_of_benchmarks(made_rows, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "_model", lambda options: said)
     names = "gsm8k,math500,aime24,hellaswag,strategyqa,bbh"
     assert vcore("eval", "any", "--tasks", names, "--out", tmp_path / "out") == 0
-    found = {task: values(tmp_path / "out", task) for task in results(tmp_path / "out")["tasks"]}
+    found = {task: values(tmp_path / "out", task) for task in content(tmp_path / "out")["tasks"]}
     assert found["gsm8k_cot"]["exact_match"] == 0.5
     assert found["hendrycks_math500"] == {"accuracy": 0.5}
     assert found["aime24"] == {"accuracy": 0.5}
@@ -332,7 +333,7 @@ def test_scores_of_benchmarks(made_rows, monkeypatch, tmp_path, capsys):
     assert strategy[0].startswith("Answer each question.")
     told = capsys.readouterr().out
     assert "bbh_cot_fewshot_word_sorting" not in told
-    assert results(tmp_path / "out")["tasks"]["aime24"]["version"].endswith("vcore 1")
+    assert content(tmp_path / "out")["tasks"]["aime24"]["version"].endswith("vcore 1")
     # The tasks of a group are compared as one.
     (row,) = [
         row
@@ -378,6 +379,59 @@ def test_code_runs_only_where_it_may(made_rows, monkeypatch, tmp_path, capsys):
     assert set(ran) == {"1"}
 
 
+# ---- the folder ----
+
+
+def test_no_file_of_the_users_is_lost(problems, monkeypatch, tmp_path, capsys):
+    said = scripted(lambda prompt, place: "4")
+    monkeypatch.setattr(run, "_model", lambda options: said)
+    out = tmp_path / "x[/b]"  # not markup either
+    command = ["eval", "any", "--verifier", "exact", "--out", out]
+    assert vcore(*command, "--data", problems, "--limit", 2) == 0
+    assert str(out) in capsys.readouterr().out.replace("\n", "")
+    task = content(out)["tasks"]["data"]
+    assert (task["problems"], task["problems_of_all"]) == (2, 6)
+    assert content(out)["format"] == "vcore eval 1"
+    own = out / "samples_own.jsonl"
+    for data, message in (
+        (out / "samples_data.jsonl", "an evaluation would write over it. Choose another --out"),
+        (own, "an evaluation would write over it. Choose another --out"),
+        (problems, "samples_own.jsonl: no results.json beside it names it"),
+    ):
+        own.write_text(problems.read_text())
+        assert vcore(*command, "--data", data, "--overwrite") == 1
+        assert message in capsys.readouterr().err
+        assert own.read_text() == problems.read_text()
+    assert len(samples(out, "data")) == 2
+    own.unlink()
+    (out / "results.json").write_text("{}")
+    assert vcore(*command, "--data", problems, "--overwrite") == 1
+    assert "Evaluate once more, after removing it. Or choose another" in capsys.readouterr().err
+
+
+def test_the_fields_of_ones_own_problems(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "_model", lambda options: scripted(lambda *_: r"\boxed{2}"))
+    rows = [{"ask": "2 or 3?", "right": "2"}, {"ask": "4?", "right": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    command = ["eval", "any", "--data", tmp_path / "rows.jsonl", "--verifier", "exact"]
+    command += ["--out", tmp_path / "out", "--prompt-field", "ask"]
+    assert vcore(*command) == 1
+    assert "no field looks like the answer" in capsys.readouterr().err
+    assert vcore(*command, "--answer-field", "right") == 1
+    assert "skip such rows with --unanswered skip" in capsys.readouterr().err
+    assert vcore(*command, "--answer-field", "right", "--unanswered", "skip") == 0
+    assert values(tmp_path / "out", "data") == {"accuracy": 1.0}
+
+
+def test_a_task_of_the_harness_behind_a_benchmark_of_its_name(made_rows, monkeypatch, tmp_path):
+    """gsm8k is gsm8k_cot here."""
+    monkeypatch.setattr(run, "all_tasks", lambda: tasks.task_files(tasks.BENCHMARKS["gsm8k"]))
+    monkeypatch.setattr(run, "_model", lambda options: scripted(lambda *_: "#### 2"))
+    command = ["eval", "any", "--tasks", "gsm8k,harness:gsm8k", "--limit", 1, "--num-fewshot", 1]
+    assert vcore(*command, "--out", tmp_path / "out") == 0
+    assert set(content(tmp_path / "out")["tasks"]) == {"gsm8k_cot", "gsm8k"}
+
+
 # ---- comparison ----
 
 
@@ -396,16 +450,22 @@ def test_the_paired_difference():
     shares = compare.difference("t", "m", "none", np.array([0.5, 0.25, 0.0]), np.ones(3))
     assert shares.only_a is None
     assert 0 < shares.p < 0.1
+    steady = compare.difference("t", "m", "none", np.array([0.25, 0.5, 0.75]), np.full(3, 0.75))
+    shifted = compare.difference(
+        "t", "m", "none", np.array([0.1, 0.3, 0.5]), np.array([0.3, 0.5, 0.7])
+    )
+    assert steady.p != shifted.p == 0.25  # three differences of one size and sign
     one = compare.difference("t", "m", "none", np.ones(1), np.zeros(1))
     assert (one.difference, one.stderr, one.interval) == (-1.0, None, None)
 
 
-def result_folder(path, right, *, seed=1, hashes=None, metric="accuracy", task="data"):
+def result_folder(path, right, *, seed=1, hashes=None, metric="accuracy", task="data", **settings):
     """A result folder as an evaluation leaves it."""
     path.mkdir()
     record = {
+        "format": "vcore eval 1",
         "model": {"name": "m"},
-        "settings": {"seed": seed},
+        "settings": {"seed": seed, **settings},
         "harness": {"name": "lm-evaluation-harness", "version": "1"},
         "groups": {},
         "tasks": {task: {"version": 1, "problems": len(right), "metrics": []}},
@@ -437,11 +497,94 @@ def test_comparison_matches_problems_and_warns(tmp_path, capsys):
     assert "Not the same: --seed was 1 and 2." in told
 
 
+def test_comparison_warns_of_all_settings_that_change_scores(tmp_path):
+    same = {"model": "x", "out": "x", "data": "x", "cpu": True, "batch_size": 1, "adapter": "x"}
+    a = result_folder(tmp_path / "a", [1, 0], verifier="exact", top_p=1.0, dtype="auto", **same)
+    b = result_folder(tmp_path / "b", [1, 0], verifier="math-verify", model_args={"k": 1})
+    assert compare.compare(a, b)[1] == [
+        "--verifier was exact and math-verify",
+        "--top-p was 1.0 and None",
+        "--dtype was auto and None",
+        "--model-args was None and {'k': 1}",
+    ]
+
+
+def test_problems_without_a_value_are_counted(tmp_path):
+    a = result_folder(tmp_path / "a", [1, None, 0, 1])
+    b = result_folder(tmp_path / "b", [1, 1, 1, 1])
+    (row,), warnings = compare.compare(a, b)
+    assert (row.problems, row.only_b) == (3, 1)
+    assert warnings == [
+        "data accuracy: 1 of 4 problems have no value in one of the two, and are left out"
+    ]
+
+
+def a_record(tmp_path, **values):
+    """The content of results.json, and a sample of the task ``data``."""
+    record = json.loads((result_folder(tmp_path / "made", [1]) / "results.json").read_text())
+    sample = {"doc_id": 0, "doc_hash": "a", "filter": "all", "resps": [["x"]], "target": "1"}
+    return record | values, sample | {"metrics": ["m"], "m": 1.0, "arguments": [["prompt"]]}
+
+
+def test_samples_are_read_as_they_were_written(tmp_path):
+    """Characters at which str.splitlines cuts, but JSON does not escape."""
+    record, sample = a_record(tmp_path)
+    text = "a\u2028b\u2029c\x85d\x0be"
+    results.write(tmp_path, record, {"data": [sample | {"resps": [[text]]}]})
+    assert results.read(tmp_path) == record
+    (row,) = results.read_samples(tmp_path, "data", 1)
+    assert (row["resps"], row["prompt"], row["values"]) == ([[text]], "prompt", {"m": 1.0})
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_earlier_one(tmp_path):
+    task = {"version": 1, "problems": 1, "metrics": []}
+    record, sample = a_record(tmp_path, tasks={"data": task, "more": task})
+    results.write(tmp_path, record, {"data": [sample], "more": [sample]})
+    (tmp_path / "samples_users.jsonl").write_text("")
+    before = {path.name: path.read_text() for path in tmp_path.glob("*.json*")}
+    with pytest.raises(KeyError):
+        results.write(tmp_path, record | {"date": "later"}, {"data": [sample], "other": [{}]})
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.json*")} == before
+    assert not list(tmp_path.glob(".*"))
+    results.write(tmp_path, record, {"data": [sample]})
+    assert {path.name for path in tmp_path.glob("*.json*")} == {
+        "results.json",
+        "samples_data.jsonl",
+        "samples_users.jsonl",
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("results.json", b"[1]", "its format is None, expected 'vcore eval 1'). Evaluate once"),
+        ("results.json", b'{"results": {}}', "not results as this version of vcore eval writes"),
+        ("results.json", b"\xff\x00", "results.json: not valid JSON ('utf-8' codec"),
+        ("results.json", b'{"format": "vcore eval 1"}', "'model' is missing, or not an object"),
+        ("samples_data.jsonl", b"", "samples_data.jsonl: has 0 of 2 problems, it was cut"),
+        ("samples_data.jsonl", b"\xff\n", "samples_data.jsonl, line 1: not a sample of vcore"),
+        ("samples_data.jsonl", b"[]\n", "line 1: not a sample of vcore eval (no 'doc_id'"),
+        ("samples_data.jsonl", None, "samples_data.jsonl, line 2: not a sample of vcore eval ("),
+    ],
+    ids=["list", "harness", "binary", "empty", "none", "bytes", "row", "cut"],
+)
+def test_files_that_are_no_results(tmp_path, capsys, file, content, message):
+    folder = result_folder(tmp_path / "a", [1, 0])
+    if content is None:
+        content = (folder / file).read_bytes()[:-5]
+    (folder / file).write_bytes(content)
+    assert vcore("eval", "--compare", folder, folder) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(folder) in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
         ({"hashes": "axcd"}, "has other problems in the second folder (1 of 3"),
-        ({"metric": "avg@2"}, "has no metric in both folders"),
+        ({"metric": "avg@2"}, "has no metric with values in both"),
         ({"task": "gsm8k"}, "no task is in both"),
     ],
     ids=["problems", "metric", "task"],
@@ -467,16 +610,29 @@ def test_a_folder_without_results(tmp_path, capsys):
     ("options", "message"),
     [
         ([], "nothing to evaluate on: pass --tasks, --data or both"),
-        (["--tasks", "aime24,aime24"], "one of them comes twice"),
+        (["--tasks", "aime24,aime24"], "the harness' task aime24 comes twice"),
+        (["--tasks", "gsm8k,gsm8k_cot"], "the harness' task gsm8k_cot comes twice, by one name"),
+        (["--tasks", "aime24", "--dtype", "foo"], "--dtype must be one of auto, float32"),
+        (["--tasks", "aime24", "--temperature", "inf"], "--temperature must be finite"),
+        (["--tasks", "aime24", "--answer-field", "a"], "--answer-field means nothing without --d"),
+        (["--tasks", "aime24", "--model-args", '{"dtype": 1}'], "dtype: pass it as --dtype inst"),
+        (["--tasks", "aime24", "--model-args", '{"peft": 1}'], "peft: pass it as --adapter inst"),
+        (["--data", "x", "--out", f"{__file__}/out"], "test_eval.py/out: cannot be written"),
         (["--tasks", "gsm8k", "--samples", "4"], "--samples means nothing for gsm8k"),
         (["--tasks", "hellaswag", "--temperature", "1"], "--temperature means nothing for hella"),
         (["--tasks", "aime24", "--samples", "4", "--temperature", "0"], "same response 4 times"),
-        (["--tasks", "aime24", "--samples", "0"], "--samples must be at least 1"),
-        (["--tasks", "aime24", "--temperature", "-1"], "--temperature must be at least 0"),
+        (["--tasks", "aime24", "--samples", "0"], "--samples must be finite and at least 1"),
+        (
+            ["--tasks", "aime24", "--temperature", "-1"],
+            "--temperature must be finite and at",
+        ),
         (["--tasks", "aime24", "--limit", "0"], "--limit must be at least 1"),
         (["--tasks", "aime24", "--num-fewshot", "2"], "--num-fewshot means nothing for aime24"),
         (["--tasks", "humaneval_plus", "--num-fewshot", "2"], "humaneval_plus runs code"),
-        (["--tasks", "aime24", "--num-fewshot", "-1"], "--num-fewshot must be at least 0"),
+        (
+            ["--tasks", "aime24", "--num-fewshot", "-1"],
+            "--num-fewshot must be finite and at",
+        ),
         (["--tasks", "aime24", "--top-p", "0"], "--top-p must be above 0"),
         (["--tasks", "aime24", "--model-args", "{"], "--model-args {: not valid JSON"),
         (["--tasks", "aime24", "--model-args", "[]"], "expected a JSON object"),
@@ -496,7 +652,8 @@ def test_mistakes_are_one_line(made_rows, tmp_path, monkeypatch, capsys, options
             raise FileNotFoundError(f"Couldn't find a module script at {name}")
 
         monkeypatch.setattr(evaluate, "load", unreachable)
-    assert vcore("eval", "any", *options, *allowed, "--out", tmp_path / "out") == 1
+    out = [] if "--out" in options else ["--out", tmp_path / "out"]
+    assert vcore("eval", "any", *options, *allowed, *out) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -528,6 +685,19 @@ def test_mistakes_about_the_model(model, problems, tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     command = ["eval", model, "--data", problems, "--cpu", "--out", tmp_path / "out"]
+    (tmp_path / "adapter").write_text("{}")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter_config.json").write_text("{")
+    for option, value, message in (
+        ("--tokenizer", "./nope", "./nope: no tokenizer there"),
+        ("--adapter", tmp_path / "adapter", "adapter: not an adapter, which is a folder with"),
+        ("--adapter", model, "not an adapter, which is a folder with a readable"),
+        ("--adapter", tmp_path / "broken", "broken: not an adapter, which is a folder with"),
+    ):
+        assert vcore(*command, option, value) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
     assert vcore(*command, "--max-new-tokens", 4096) == 1
     assert "Pass a smaller --max-new-tokens" in capsys.readouterr().err
     assert vcore("eval", "--tasks", "gsm8k") == 1

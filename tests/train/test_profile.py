@@ -253,11 +253,16 @@ def test_a_profile_needs_steps_and_a_file(tmp_path):
 # ---- the command ----
 
 
-def test_command_writes_trace_table_and_picture(tmp_path, capsys):
-    out = tmp_path / "out"
+def test_command_writes_trace_table_and_picture(tmp_path, monkeypatch, capsys):
+    made = []
+    real = profiling.new_model
+    monkeypatch.setattr(profiling, "new_model", lambda *a, **k: made.append(1) or real(*a, **k))
+    out = tmp_path / "x[/b]"  # not markup
     problems = write_problems(tmp_path / "problems.jsonl", 12)
     assert vcore("profile", "--data", problems, "--out", out, "--steps", 1, *TINY) == 0
     printed = capsys.readouterr().out
+    assert f"In {out}: trace.json.gz" in printed
+    assert made == [1]  # a large one takes minutes to load
     for phase in sorted(STEP | PROBED):
         assert phase in printed
         assert f"| {phase} |" in (out / "phases.md").read_text()
@@ -272,6 +277,40 @@ def test_command_writes_trace_table_and_picture(tmp_path, capsys):
     assert "holds an earlier profile. Replace it with --overwrite" in capsys.readouterr().err
 
 
+def test_an_interrupted_profile_leaves_nothing(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    (out / "proton.hatchet").write_text("of an earlier run")
+
+    def interrupted(path, profile):
+        assert path.parent.parent == out
+        assert (path.parent / "trace.json.gz").exists()
+        raise KeyboardInterrupt
+
+    command = ["profile", "--out", out, "--steps", 1, *TINY, "--method", "sft"]
+    assert vcore(*command) == 1
+    assert "holds an earlier profile" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(profiling, "plot_timeline", interrupted)
+        assert vcore(*command, "--overwrite") == 130
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [([], None), (["--reuse-forward"], True), (["--no-reuse-forward"], False)],
+    ids=["left", "on", "off"],
+)
+def test_reuse_forward_is_the_configurations_where_it_is_left_out(
+    options, told, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(profiling, "run_profile", lambda options, _: asked.append(options))
+    assert vcore("profile", "--out", tmp_path, *options, *TINY) == 0
+    assert asked[0].arguments.get("reuse_forward") is told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -279,10 +318,14 @@ def test_command_writes_trace_table_and_picture(tmp_path, capsys):
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0."),
         (["--lora-rank", "4"], "--lora-rank means nothing without --lora"),
         (["--method", "sft", "--every", "2"], "--every means nothing without --method vcore"),
+        (
+            ["--utility-method", "central", "--no-reuse-forward"],
+            "--reuse-forward means nothing without --utility-method jvp",
+        ),
         (["--limit", "3", "--batch-size", "4"], "3 rows that fit the model's window, and a step"),
         (["--hidden", "30", "--heads", "4"], "--hidden 30 is not an even multiple of --heads 4"),
     ],
-    ids=["no-steps", "no-rows", "rank", "every", "few-rows", "heads"],
+    ids=["no-steps", "no-rows", "rank", "every", "reuse", "few-rows", "heads"],
 )
 def test_command_refuses(arguments, message, tmp_path, capsys):
     assert vcore("profile", "--out", tmp_path / "out", "--cpu", *arguments) == 1

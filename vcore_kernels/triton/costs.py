@@ -5,7 +5,10 @@ hook is set (``proton.start(..., hook="triton")``): from the launch's arguments 
 the profile's tree, with the sizes, and the metrics ``flops<bits of the operands>`` and ``bytes``.
 Only products are counted as operations, a multiplication and an addition as two; of kernels
 without products the bytes tell all. Bytes are what a launch reads and writes at least, each entry
-once: what a cache does not keep comes on top. How many rows of a chunk are ignored or have weight
+once: what a cache does not keep comes on top. Left out is what a kernel reads and writes once for a
+row, a sequence or a tile (indices, targets, statistics, partial sums), beside matrices next to
+nothing; in ``row_statistics``, which has no matrix, the statistics of tiles are counted, and what
+it writes for each row is not. How many rows of a chunk are ignored or have weight
 0 is known on the device alone, so both figures are those of a full chunk, up to the last token.
 """
 

@@ -3,7 +3,8 @@
 Two models answer the same problems, so their scores vary together, and the difference of the two
 means is known better than their separate standard errors say: its standard error is that of the
 mean of the differences. For metrics that are 0 or 1 the problems that only one of the two got
-right decide, by McNemar's exact test; for others a paired t-test.
+right decide, by McNemar's exact test; for others a paired t-test, or the sign test where every
+problem differs by the same.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from vcore_train.evals.results import percent, print_wide, read, read_samples
+from vcore_train.evals.results import leaves, percent, print_wide, read, read_samples
 
-# What must agree for two results to be about the same thing, by where it stands.
-SETTINGS = ("num_fewshot", "chat_template", "samples", "temperature", "max_new_tokens", "seed")
+# Settings in which two results may differ and still be about the same thing: what is compared,
+# where it is, how fast it goes. Of the problems their hashes tell.
+MAY_DIFFER = ("model", "adapter", "out", "data", "tasks", "cpu", "batch_size")
 
 Key = tuple[str, str]  # metric, filter
 
@@ -65,16 +68,19 @@ def compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
             f"{', '.join(_tasks(records[1]))}: no task is in both."
         )
     pairs = list(zip((a, b), records, strict=True))
-    differences = []
+    differences: list[Difference] = []
+    warnings = _warnings(records, names)
     for name in names:
         values = [_values(folder, record, name) for folder, record in pairs]
-        differences += _differences(name, *values)
+        found, missing = _differences(name, *values)
+        differences += found
+        warnings += missing
     if not differences:
         raise ValueError(
-            f"--compare: {', '.join(names)} has no metric in both folders. Evaluate both with the "
-            "same --samples."
+            f"--compare: {', '.join(names)} has no metric with values in both folders. Evaluate "
+            "both with the same --samples."
         )
-    return differences, _warnings(records, names)
+    return differences, warnings
 
 
 def _tasks(record: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -85,27 +91,22 @@ def _tasks(record: Mapping[str, Any]) -> dict[str, list[str]]:
     for name in record["tasks"]:
         if name in inside:
             continue
-        found[name] = _leaves(name, groups)
+        found[name] = leaves(name, groups)
     return found
-
-
-def _leaves(name: str, groups: Mapping[str, list[str]]) -> list[str]:
-    if name not in groups:
-        return [name]
-    return [leaf for child in groups[name] for leaf in _leaves(child, groups)]
 
 
 def _values(
     folder: Path, record: Mapping[str, Any], name: str
 ) -> dict[Key, dict[tuple[str, int], tuple[str, float]]]:
-    """By metric, then by problem: what the problem was, and the value."""
+    """By metric, then by problem: what the problem was, and the value, NaN for none."""
     found: dict[Key, dict[tuple[str, int], tuple[str, float]]] = {}
     for task in _tasks(record)[name]:
-        for row in read_samples(folder, task):
+        for row in read_samples(folder, task, record["tasks"].get(task, {}).get("problems")):
             for metric, value in row["values"].items():
-                if isinstance(value, int | float):
+                if value is None or isinstance(value, int | float):
+                    number = float("nan") if value is None else float(value)
                     problems = found.setdefault((metric, row["filter"]), {})
-                    problems[(task, row["doc_id"])] = (row["doc_hash"], float(value))
+                    problems[(task, row["doc_id"])] = row["doc_hash"], number
     return found
 
 
@@ -113,8 +114,9 @@ def _differences(
     name: str,
     a: Mapping[Key, Mapping[Any, tuple[str, float]]],
     b: Mapping[Key, Mapping[Any, tuple[str, float]]],
-) -> list[Difference]:
-    found = []
+) -> tuple[list[Difference], list[str]]:
+    """The differences, and of how many problems a value is missing."""
+    found, warnings = [], []
     for key in a:
         if key not in b:
             continue
@@ -128,8 +130,15 @@ def _differences(
             )
         first = np.array([a[key][problem][1] for problem in shared])
         second = np.array([b[key][problem][1] for problem in shared])
-        found.append(difference(name, *key, first, second))
-    return found
+        known = np.isfinite(first) & np.isfinite(second)
+        if not known.all():
+            warnings.append(
+                f"{name} {key[0]}: {len(known) - known.sum()} of {len(known)} problems have no "
+                "value in one of the two, and are left out"
+            )
+        if known.any():
+            found.append(difference(name, *key, first[known], second[known]))
+    return found, warnings
 
 
 def difference(
@@ -148,8 +157,10 @@ def difference(
         only_a, only_b = int((a > b).sum()), int((b > a).sum())
         decided = only_a + only_b
         p = float(stats.binomtest(only_b, decided).pvalue) if decided else 1.0
-    elif stderr:
+    elif stderr is not None and np.ptp(change) > 1e-12 * np.abs(change).max():
         p = float(2 * stats.t.sf(abs(change.mean()) / stderr, count - 1))
+    elif stderr is not None:  # all the same: no spread for a t-test, but a sign
+        p = 2.0 ** (1 - count) if change.any() else 1.0
     return Difference(
         task=task,
         metric=metric,
@@ -168,9 +179,9 @@ def difference(
 def _warnings(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     a, b = records
     found = []
-    for name in SETTINGS:
+    for name in {**a["settings"], **b["settings"]}:
         left, right = a["settings"].get(name), b["settings"].get(name)
-        if left != right:
+        if left != right and name not in MAY_DIFFER:
             found.append(f"--{name.replace('_', '-')} was {left} and {right}")
     if a["harness"] != b["harness"]:
         found.append(f"the harness was {a['harness']['version']} and {b['harness']['version']}")
@@ -195,8 +206,8 @@ def show(a: Path, b: Path, console: Console) -> list[Difference]:
         plain = row.filter in ("none", "all")
         interval = row.interval
         table.add_row(
-            row.task,
-            row.metric if plain else f"{row.metric} ({row.filter})",
+            escape(row.task),
+            escape(row.metric if plain else f"{row.metric} ({row.filter})"),
             str(row.problems),
             percent(row.a),
             percent(row.b),
@@ -208,5 +219,5 @@ def show(a: Path, b: Path, console: Console) -> list[Difference]:
         )
     print_wide(table, f"A: {a}, B: {b}", console)
     for warning in warnings:
-        console.print(f"Not the same: {warning}.", soft_wrap=True)
+        console.print(f"Not the same: {warning}.", soft_wrap=True, markup=False)
     return differences

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,12 +25,25 @@ from vcore_train.evals.tasks import (
     task_files,
     unknown,
 )
+from vcore_train.option_checks import flag
 from vcore_train.prompts import read_prompts
 from vcore_train.verifiers import VERIFIERS, Verification
 
 DATA_TASK = "data"
-BACKENDS = ("hf", "vllm")
 SAMPLING_TEMPERATURE = 0.6  # where several responses are asked for and no temperature is given
+# Arguments of the harness' model that have an option of ours, by which results.json names them.
+HAVE_OPTIONS = {
+    "pretrained": "MODEL",
+    "peft": "--adapter",
+    "lora_local_path": "--adapter",
+    "tokenizer": "--tokenizer",
+    "dtype": "--dtype",
+    "device": "--cpu (or CUDA_VISIBLE_DEVICES)",
+    "batch_size": "--batch-size",
+    "seed": "--seed",
+}
+HARNESS = "harness:"  # before a task's name: the harness' own, where a benchmark here has the name
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 OFFLINE = (
     "Fetch it once where the hub can be reached and copy the cache (HF_HOME) here, then set "
     "HF_DATASETS_OFFLINE=1 and HF_HUB_OFFLINE=1; or use --data with a file."
@@ -44,6 +57,9 @@ class EvalOptions:
     model: str
     tasks: tuple[str, ...] = ()
     data: str | None = None
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    unanswered: str = "error"
     out: Path = Path("vcore-eval")
     adapter: str | None = None
     tokenizer: str | None = None
@@ -85,7 +101,7 @@ def run(options: EvalOptions, console: Console) -> dict[str, Any]:
     ValueError or OSError in one line, before the model is loaded where possible.
     """
     check(options)
-    results.claim(options.out, overwrite=options.overwrite)
+    results.claim(options.out, overwrite=options.overwrite, data=options.data)
     if options.allow_code_execution:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     with _quiet(), Verification(options.verifier, seconds=options.verifier_seconds) as verification:
@@ -93,6 +109,7 @@ def run(options: EvalOptions, console: Console) -> dict[str, Any]:
 
         with console.status("Reading tasks"):
             tasks = [*_tasks(options, verification), *_data_task(options, verification)]
+            _check_unique([leaf.config.task for task in tasks for leaf in _leaves(task)])
         with console.status("Loading the model"):
             model = _model(options)
         generation = {"max_gen_toks": options.max_new_tokens} if options.max_new_tokens else None
@@ -120,7 +137,7 @@ def run(options: EvalOptions, console: Console) -> dict[str, Any]:
     record = results.record(found, _settings(options))
     results.write(options.out, record, found["samples"] if options.save_samples else {})
     results.show(record, console)
-    console.print(f"results.json and samples: [bold]{options.out}[/]", soft_wrap=True)
+    console.print(f"results.json and samples: {options.out}", soft_wrap=True, markup=False)
     return record
 
 
@@ -133,19 +150,27 @@ def check(options: EvalOptions) -> None:
         )
     if not options.tasks and options.data is None:
         raise ValueError("nothing to evaluate on: pass --tasks, --data or both.")
-    if len(set(options.tasks)) < len(options.tasks):
-        raise ValueError(f"--tasks {','.join(options.tasks)}: one of them comes twice.")
+    _check_unique([_benchmark(name).task for name in options.tasks])
+    named = ("prompt_field", options.prompt_field), ("answer_field", options.answer_field)
+    for name, value in (*named, ("unanswered", options.unanswered == "skip" or None)):
+        if value is not None and options.data is None:
+            raise ValueError(f"{flag(name)} means nothing without --data.")
+    if options.dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}.")
+    for name in options.model_args:
+        if name in HAVE_OPTIONS:
+            raise ValueError(f"--model-args {name}: pass it as {HAVE_OPTIONS[name]} instead.")
     if options.verifier not in VERIFIERS:
         raise ValueError(f"--verifier must be one of {', '.join(VERIFIERS)}.")
     others = [name for name in options.tasks if not _benchmark(name).scored]
-    for flag, given in (
-        ("--samples", options.samples > 1),
-        ("--temperature", options.temperature is not None),
+    for name, given in (
+        ("samples", options.samples > 1),
+        ("temperature", options.temperature is not None),
     ):
         if given and others:
             raise ValueError(
-                f"{flag} means nothing for {', '.join(others)}, which the harness decodes and "
-                "scores in its own way. It is for --data, "
+                f"{flag(name)} means nothing for {', '.join(others)}, which the harness decodes "
+                "and scores in its own way. It is for --data, "
                 f"{', '.join(name for name, b in BENCHMARKS.items() if b.scored)}: evaluate the "
                 "others in a call of their own."
             )
@@ -165,6 +190,16 @@ def check(options: EvalOptions) -> None:
         raise ValueError("--backend vllm: vllm is not installed. Run: pip install vllm")
 
 
+def _check_unique(names: Sequence[str]) -> None:
+    """Raises where two tasks are one to the harness, which would keep one of their results."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"--tasks: the harness' task {twice} comes twice, by one name, by two, or within a "
+            "group. Name it once, or evaluate the two in calls of their own."
+        )
+
+
 def _no_examples(names: list[str]) -> str:
     return (
         f"--num-fewshot means nothing for {', '.join(names)}, defined without worked examples. "
@@ -182,7 +217,8 @@ def _code(names: list[str]) -> str:
 
 def _benchmark(name: str) -> Benchmark:
     """A benchmark of ours, or a stand-in for another task of the harness."""
-    other = Benchmark(task=name, folder="", measures="", source="", dataset="", licence="")
+    task = name.removeprefix(HARNESS)
+    other = Benchmark(task=task, folder="", measures="", source="", dataset="", licence="")
     return BENCHMARKS.get(name, other)
 
 
@@ -212,7 +248,7 @@ def _tasks(options: EvalOptions, verification: Verification) -> Iterator[Any]:
 
 def _prepare(task: Any, name: str, benchmark: Benchmark, options: EvalOptions) -> None:
     """Refuses what the harness would ignore or run; raises a limit that cuts solutions short."""
-    for leaf in task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]:
+    for leaf in _leaves(task):
         if options.num_fewshot and leaf.get_config("num_fewshot") == 0:
             raise ValueError(_no_examples([name]))
         if getattr(leaf, "UNSAFE_CODE", False) and not options.allow_code_execution:
@@ -220,6 +256,11 @@ def _prepare(task: Any, name: str, benchmark: Benchmark, options: EvalOptions) -
         if benchmark.max_new_tokens and leaf.get_config("output_type") == "generate_until":
             length = {"max_gen_toks": benchmark.max_new_tokens}
             leaf.set_config(key="generation_kwargs", value=length, update=True)
+
+
+def _leaves(task: Any) -> list[Any]:
+    """The tasks of a group, or the one task."""
+    return task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
 
 
 def _scored(benchmark: Benchmark, options: EvalOptions, verification: Verification) -> Any:
@@ -237,7 +278,12 @@ def _data_task(options: EvalOptions, verification: Verification) -> Iterator[Any
     import datasets
     from lm_eval.api.task import ConfigurableTask
 
-    prompts, _ = read_prompts(options.data, limit=options.limit)
+    prompts, _ = read_prompts(
+        options.data,
+        prompt_field=options.prompt_field,
+        answer_field=options.answer_field,
+        unanswered=options.unanswered,
+    )
     # Without a template a prompt ends as the trainers end it.
     end = "" if options.chat_template else "\n"
     rows = [{"prompt": plain_text(p.prompt), "answer": p.answer} for p in prompts]
@@ -295,13 +341,20 @@ def _reachable(name: str, dataset: str) -> Iterator[None]:
 def _model(options: EvalOptions) -> Any:
     """The harness' model: weights from a checkpoint, adapters over them where there are any."""
     from lm_eval.api.registry import get_model
+    from transformers import AutoTokenizer
 
     from vcore_train.models import check_place
 
     name, adapter, tokenizer = _places(options)
-    for place in (name, adapter):
-        if place is not None:
-            check_place(place)
+    check_place(name)
+    if adapter is not None and Path(adapter).exists():
+        _adapter_config(Path(adapter))
+    if tokenizer is not None and options.backend == "hf":
+        remote = bool(options.model_args.get("trust_remote_code"))
+        try:
+            AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=remote)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"{tokenizer}: no tokenizer there ({_line(error)})") from error
     arguments: dict[str, Any] = {"pretrained": name, "dtype": options.dtype, "tokenizer": tokenizer}
     common: dict[str, Any] = {"batch_size": options.batch}
     if options.backend == "vllm":
@@ -326,10 +379,27 @@ def _places(options: EvalOptions) -> tuple[str, str | None, str | None]:
     """The checkpoint, the adapter and the tokenizer: a folder may be an adapter's."""
     folder = Path(options.model)
     if options.adapter is None and (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+        base = _adapter_config(folder).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise ValueError(
+                f"{folder}: its adapter_config.json names no base model. Pass the model, and the "
+                "folder as --adapter."
+            )
         own = options.model if (folder / "tokenizer_config.json").is_file() else None
         return base, options.model, options.tokenizer or own
     return options.model, options.adapter, options.tokenizer
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: not an adapter, which is a folder with a readable adapter_config.json. "
+            "Pass the folder that vcore train --lora wrote."
+        ) from error
+    return config if isinstance(config, dict) else {}
 
 
 # ---- around ----

@@ -3,9 +3,7 @@ the study has records, NAME.csv.
 """
 
 import csv
-import importlib.metadata
 import json
-import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +17,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from vcore_train import provenance
+from vcore_train.plain import markdown_table, plain
 from vcore_train.plots import STYLE
 
 PACKAGES = ("vcore_kernels", "torch", "transformers", "peft")
+DIGITS = 6  # of the floats in files
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        rules = ["---" if place < self.text else "--:" for place in range(len(self.headings))]
-        lines = [f"| {' | '.join(row)} |" for row in (self.headings, rules, *self.rows)]
+        lines = markdown_table(self.headings, self.rows, self.text)
         return "\n".join([f"### {self.title}", "", *lines, *(["", self.note] if self.note else [])])
 
 
@@ -81,7 +81,7 @@ def write_report(
         "cpu_seconds": round(cpu_seconds, 1),
         "result": result,
     }
-    text = json.dumps(_plain(record), indent=1, allow_nan=False)
+    text = json.dumps(plain(record, DIGITS), indent=1, allow_nan=False)
     (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     size = ", ".join(f"{key} {value}" for key, value in setting.items())
     parts = [
@@ -99,7 +99,7 @@ def write_report(
         with open(out / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(_plain(list(records)))
+            writer.writerows(plain(list(records), DIGITS))
     return record
 
 
@@ -128,17 +128,5 @@ def figure(
 
 def versions() -> dict[str, str]:
     """Of the packages that figures depend on, where they are installed."""
-    installed = {d.name.replace("-", "_") for d in importlib.metadata.distributions()}
-    found = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
-    return {"python": platform.python_version(), **found}
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON has it: six digits, None for NaN and infinities, lists for tuples."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
+    found = provenance.versions(PACKAGES)
+    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v}}
