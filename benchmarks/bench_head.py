@@ -251,7 +251,12 @@ def test_growth(bench: Bench, device, quick, peer: Peer, axis: str):
             calls[size] = peer.make(found.problem(True, peer.uniform))
         except Absent as reason:
             pytest.skip(f"{peer.name}: {reason}")
-        found.check(calls[size](), trained=True, uniform=peer.uniform, times=8)
+        try:
+            found.check(calls[size](), trained=True, uniform=peer.uniform, times=8)
+        except AssertionError as error:
+            if peer in OURS:
+                raise
+            pytest.xfail(f"{peer.name} is wrong: {error}")
     fixed = " ".join(f"{name}={value}" for name, value in base.items())
     bench.grow(
         f"head, trained, {product(dtype).split()[0]}, from {fixed}",

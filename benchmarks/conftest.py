@@ -26,8 +26,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--bench-minutes",
         type=float,
-        default=9,
-        help="after so many, subjects get the fewest rounds (default: 9)",
+        default=7,
+        help="after so many, subjects get the fewest rounds (default: 7)",
     )
 
 

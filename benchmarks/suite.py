@@ -19,7 +19,7 @@ from vcore_train.bench_record import Growth, Record, Row
 from benchmarks.measure import Call, allocated_peak, resident_peak, tensors_in
 from benchmarks.peers import Absent, foreign_errors
 
-ROUNDS, QUICK_ROUNDS = 9, 2
+ROUNDS, QUICK_ROUNDS = 7, 2
 SECONDS = 2.0  # of a subject and its yardstick, all rounds together, where they are not few
 Check = Callable[[Any], str]  # of a call's result: the errors; AssertionError where they are wrong
 Memory = Literal["resident", "allocator"]
