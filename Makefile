@@ -60,9 +60,10 @@ $(VENV)/kernels.stamp: $(VENV)/packages.stamp $(NATIVE)
 
 setup: $(VENV)/kernels.stamp
 
-# One thread: the tensors are tiny, and threads that wait for each other cost more than they save.
+# Two workers with one thread each: the tensors are tiny, and threads that wait for each other cost more than they save.
+# One worker, as a debugger needs: PYTEST_ARGS=-n0.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(CORE)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "$(CORE)" -n2 --dist loadfile -p no:benchmark $(PYTEST_ARGS)
 
 demo: setup
 	$(BIN)/vcore demo --out runs/demo

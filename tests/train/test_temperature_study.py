@@ -1,13 +1,11 @@
 import csv
-import io
 import math
 
 import pytest
 import torch
-from rich.console import Console
-from vcore_train.experiments import run, temperature, temperature_report
+from quick_study import watched_study
+from vcore_train.experiments import temperature, temperature_report
 from vcore_train.experiments.run import UNIFORM
-from vcore_train.experiments.study import StudyOptions, run_study
 from vcore_train.experiments.temperature import QUICK, arms_of
 from vcore_train.experiments.temperature_report import EXACT
 from vcore_train.supervised import SupervisedTokens
@@ -16,21 +14,8 @@ from vcore_train.supervised import SupervisedTokens
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """QUICK in this process; what each run began with."""
-    out, begun = tmp_path_factory.mktemp("temperature"), []
-
-    def train(start, rows, judged, arm, setting, **options):
-        weights = torch.cat([p.detach().flatten() for p in start.model.parameters()])
-        ids = [row["input_ids"] for row in run.drawn(rows, len(rows), options["seed"])[:4]]
-        begun.append((weights, ids, options["seed"]))
-        return run.train(start, rows, judged, arm, setting, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(temperature, "train", train)
-        patch.setattr(torch, "get_num_threads", lambda: 1)  # no processes
-        record = run_study(
-            "temperature", StudyOptions(out, quick=True), Console(file=io.StringIO())
-        )
-    return out, record["result"], begun
+    out = tmp_path_factory.mktemp("temperature")
+    return out, *watched_study(temperature, out)
 
 
 def test_the_files(ran):

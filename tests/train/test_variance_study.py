@@ -1,32 +1,18 @@
 import csv
-import io
 
 import pytest
 import torch
-from rich.console import Console
-from vcore_train.experiments import run, variance
+from quick_study import watched_study
+from vcore_train.experiments import variance
 from vcore_train.experiments.run import UNIFORM
-from vcore_train.experiments.study import StudyOptions, run_study
 from vcore_train.experiments.variance import ARMS, OPTIMIZERS
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """QUICK in this process; the weights and the batches that each run began with."""
-    out, begun = tmp_path_factory.mktemp("variance"), []
-
-    def train(start, rows, judged, arm, setting, **options):
-        weights = torch.cat([p.detach().flatten() for p in start.model.parameters()])
-        ids = [row["input_ids"] for row in run.drawn(rows, len(rows), options["seed"])[:4]]
-        begun.append((weights, ids, options["seed"]))
-        return run.train(start, rows, judged, arm, setting, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(variance, "train", train)
-        patch.setattr(torch, "get_num_threads", lambda: 1)  # no processes
-        options = StudyOptions(out, quick=True)
-        record = run_study("variance", options, Console(file=io.StringIO()))
-    return out, record["result"], begun
+    out = tmp_path_factory.mktemp("variance")
+    return out, *watched_study(variance, out)
 
 
 def test_the_files(ran):

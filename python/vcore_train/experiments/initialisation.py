@@ -23,6 +23,7 @@ from vcore_train.arithmetic import Problem
 from vcore_train.config import VcoreConfig
 from vcore_train.data import Example, encode, prompt_tokens
 from vcore_train.evaluation import greedy_responses, row_losses
+from vcore_train.experiments import gvm
 from vcore_train.experiments.gvm import run_from
 from vcore_train.experiments.gvm_arms import arm_named
 from vcore_train.experiments.gvm_start import (
@@ -80,21 +81,10 @@ class InitialisationSetting(GvmSetting):
 # and after 16 steps 66.1 and 61.7 (GRPO, RAFT++ at 1e-4), 65.9 and 65.9 (2e-4, falling), 57.3 and
 # 57.6 (3e-4), 53.4 and 52.1 (5e-4, falling). Hence a constant one, and the control.
 FULL = InitialisationSetting(
-    layers=2,
-    hidden=96,
-    vocab=300,
-    length=96,
-    batch_size=32,
-    lr=2e-3,
-    train_steps=1200,
-    held_out=384,
-    goal=0.15,
-    prompts=2560 + 512,
-    iterations=4,
-    raft_lr=3e-4,
-    grpo_lr=1e-4,
-    rated=128,
-    rated_samples=8,
+    **{
+        **vars(gvm.FULL),
+        **{"goal": 0.15, "prompts": 2560 + 512, "iterations": 4, "rated": 128, "rated_samples": 8},
+    }
 )
 QUICK = InitialisationSetting(
     **{
